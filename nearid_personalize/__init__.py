@@ -1,0 +1,49 @@
+"""An eye for identity for diffusers personalization pipelines.
+
+The public names are resolved on first use, so that importing the package stays cheap and never imports diffusers, peft,
+accelerate or gradio.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nearid_personalize.calibration import Calibration as Calibration
+    from nearid_personalize.encoder import NearIDConfig as NearIDConfig
+    from nearid_personalize.encoder import NearIDModel as NearIDModel
+    from nearid_personalize.errors import InputError as InputError
+    from nearid_personalize.guard import IdentityGuard as IdentityGuard
+    from nearid_personalize.scorer import IdentityScorer as IdentityScorer
+    from nearid_personalize.scorer import Ranking as Ranking
+    from nearid_personalize.scorer import Subject as Subject
+
+_HOME_OF = {
+    "Calibration": "calibration",
+    "IdentityGuard": "guard",
+    "IdentityScorer": "scorer",
+    "InputError": "errors",
+    "NearIDConfig": "encoder",
+    "NearIDModel": "encoder",
+    "Ranking": "scorer",
+    "Subject": "scorer",
+}
+__all__ = ["__version__", *_HOME_OF]
+
+try:
+    __version__ = version("nearid-personalize")
+except PackageNotFoundError:  # run from a checkout that was never installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its module the first time it is asked for (PEP 562)."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
