@@ -1,0 +1,168 @@
+"""Identity metrics: SSR and PA (NearID, arXiv 2604.01973), M-O (Mind-the-Glitch) and M-H (DreamBench++).
+
+Shape letters: N identities, V views. Similarities: larger = more alike. Inputs are anything `torch.as_tensor` takes;
+shares and correlations come back as Python floats, NaN where nothing was measured.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def identity_margins(view_similarity: Tensor, distractor_similarity: Tensor) -> Tensor:
+    """[N,V,V], [N,V,V] -> margins [N, V(V-1)], NaN where a similarity is absent.
+
+    Each pair of views i < j gives s(i,j) - c(i,i) and s(i,j) - c(j,j), where c(i,j) is view i against the distractor
+    on view j's context: 2 terms for two views, 6 for three. A term is won when its margin is strictly positive.
+    """
+    views, distractors = _float64(view_similarity), _float64(distractor_similarity)
+    if views.ndim != 3 or views.shape[1] != views.shape[2] or views.shape != distractors.shape:
+        raise ValueError(
+            f"view and distractor similarity must both be [N,V,V], got {list(views.shape)} and {list(distractors.shape)}"
+        )
+    i, j = torch.triu_indices(views.shape[1], views.shape[1], offset=1)
+    pair, own = views[:, i, j], distractors.diagonal(dim1=1, dim2=2)  # [N,pairs], [N,V]
+    return torch.cat([pair - own[:, i], pair - own[:, j]], dim=1)
+
+
+def won_and_valid(margins: Tensor) -> Tensor:
+    """margins [N,terms] -> [N,2]: how many terms each identity wins, and how many it has."""
+    return torch.stack([(margins > 0).sum(dim=1), (~margins.isnan()).sum(dim=1)], dim=1)
+
+
+def sample_success_rate(view_similarity: Tensor, distractor_similarity: Tensor) -> float:
+    """SSR in [0, 1]: the share of identities that win all their valid terms; those without a valid term drop out."""
+    return share_of_perfect_rows(won_and_valid(identity_margins(view_similarity, distractor_similarity)))
+
+
+def pairwise_accuracy(view_similarity: Tensor, distractor_similarity: Tensor) -> float:
+    """PA in [0, 1]: won terms over valid terms, pooled over identities. A tie is lost."""
+    return share_of_won_terms(won_and_valid(identity_margins(view_similarity, distractor_similarity)))
+
+
+def published_pairwise_accuracy(view_similarity: Tensor, distractor_similarity: Tensor) -> float:
+    """PA as printed in the paper's tables, in [0, 1]: one extra trial per identity, won when its mean margin is > 0."""
+    margins = identity_margins(view_similarity, distractor_similarity)
+    won, valid = won_and_valid(margins).sum(dim=0).tolist()
+    row_means = margins.nanmean(dim=1)
+    return _ratio(won + int((row_means > 0).sum()), valid + int((~row_means.isnan()).sum()))
+
+
+def share_of_perfect_rows(counts: Tensor) -> float:
+    """SSR of `won_and_valid` counts [N,2]: a statistic for `bootstrap_interval`."""
+    won, valid = counts[counts[:, 1] > 0].unbind(dim=1)
+    return _ratio(int((won == valid).sum()), len(valid))
+
+
+def share_of_won_terms(counts: Tensor) -> float:
+    """PA of `won_and_valid` counts [N,2]: a statistic for `bootstrap_interval`."""
+    won, valid = counts.sum(dim=0).tolist()
+    return _ratio(won, valid)
+
+
+def edit_oracle(part_mask: Tensor, object_mask: Tensor) -> float:
+    """1 - |part| / |object| over pixels > 0: how much of a subject an edit of one part leaves as it was."""
+    object_pixels = int((torch.as_tensor(object_mask) > 0).sum())
+    return 1 - int((torch.as_tensor(part_mask) > 0).sum()) / object_pixels if object_pixels else float("nan")
+
+
+def metric_oracle_correlation(edited_similarity: Tensor, oracle: Tensor, same_view_only: bool = False) -> float:
+    """M-O in [-1, 1]: how well the score falls with the size of an edit to one part.
+
+    edited_similarity [N,2,2]: entry i,j = view i against the edited version of view j; oracle [N,2]: `edit_oracle` of
+    each view's edit. The four Pearson correlations over samples are averaged through atanh (clipped at .999);
+    `same_view_only` keeps the two where a view meets its own edit (M-O_pair).
+    """
+    similarity, oracle = _float64(edited_similarity), _float64(oracle)
+    if similarity.ndim != 3 or similarity.shape[1:] != (2, 2) or oracle.shape != similarity.shape[:2]:
+        raise ValueError(
+            f"edited similarity must be [N,2,2] and oracle [N,2], got {list(similarity.shape)}, {list(oracle.shape)}"
+        )
+    pairs = [(0, 0), (1, 1)] if same_view_only else [(0, 0), (1, 1), (0, 1), (1, 0)]
+    return fisher_mean([pearson(similarity[:, i, j], oracle[:, j]) for i, j in pairs], clip=0.999)
+
+
+class HumanCorrelation(NamedTuple):
+    """M-H: the Fisher mean over methods, its standard error (sd / sqrt(methods)), and each method's correlation."""
+
+    mean: float
+    standard_error: float
+    per_method: list[float]
+
+
+def human_correlation(scores: Sequence[Tensor], group1: Sequence[Tensor], group2: Sequence[Tensor]) -> HumanCorrelation:
+    """M-H in [-1, 1]: agreement with two groups of human raters, per generation method.
+
+    Each argument holds one 1-D tensor per method. Per method, the Pearson correlations of the score with the two
+    groups are averaged; methods are then averaged through atanh (clipped at .9999).
+    """
+    if not len(scores) == len(group1) == len(group2):
+        raise ValueError(f"one entry per method, got {len(scores)} scores, {len(group1)} and {len(group2)} ratings")
+    return summarise_methods(
+        [(pearson(s, a) + pearson(s, b)) / 2 for s, a, b in zip(scores, group1, group2, strict=True)]
+    )
+
+
+def summarise_methods(correlations: Sequence[float]) -> HumanCorrelation:
+    """Correlations of single methods -> their M-H summary."""
+    spread = torch.tensor(correlations, dtype=torch.float64)
+    standard_error = float(spread.std()) / len(spread) ** 0.5 if len(spread) > 1 else float("nan")
+    return HumanCorrelation(fisher_mean(correlations, clip=0.9999), standard_error, list(correlations))
+
+
+def pearson(x: Tensor, y: Tensor) -> float:
+    """Correlation of two 1-D tensors over entries where neither is NaN; NaN when one of them does not vary."""
+    x, y = _float64(x), _float64(y)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(f"two 1-D tensors of one length, got {list(x.shape)} and {list(y.shape)}")
+    both = ~(x.isnan() | y.isnan())
+    if both.sum() < 2:
+        return float("nan")
+    x, y = x[both] - x[both].mean(), y[both] - y[both].mean()
+    # Cut at +-1: rounding must not carry a perfect correlation past it.
+    return float(((x * y).sum() / (x.norm() * y.norm())).clamp(-1, 1))
+
+
+def fisher_mean(correlations: Sequence[float], clip: float) -> float:
+    """tanh of the mean of atanh, correlations clipped to +-clip first, so that a perfect one stays finite."""
+    return float(torch.tensor(correlations, dtype=torch.float64).clamp(-clip, clip).atanh().mean().tanh())
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean())
+
+
+def bootstrap_interval(
+    values: Tensor,
+    statistic: Callable[[Tensor], float] = _mean,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (low, high) of `statistic`, resampling identities: the rows of values [N,...].
+
+    `statistic` maps rows [N,...] to a float. NaN results (a resample that measured nothing) are left out.
+    """
+    values = torch.as_tensor(values)
+    if not values.is_floating_point():
+        values = values.double()
+    if values.ndim == 0 or len(values) == 0:
+        raise ValueError("bootstrap_interval needs at least one row")
+    if num_resamples < 1 or not 0 < confidence < 1:
+        raise ValueError(f"need num_resamples >= 1 and 0 < confidence < 1, got {num_resamples} and {confidence}")
+    generator = torch.Generator().manual_seed(seed)
+    rows = (torch.randint(len(values), (len(values),), generator=generator) for _ in range(num_resamples))
+    results = torch.tensor([statistic(values[r]) for r in rows], dtype=torch.float64)
+    tail = (1 - confidence) / 2
+    low, high = results.nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _float64(x: Tensor) -> Tensor:
+    return torch.as_tensor(x).double()
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")
