@@ -9,7 +9,11 @@ from nearid_personalize.losses import discrimination_tier, ranking_tier, two_tie
 ANCHORS = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0]], dtype=torch.float64)
 POSITIVES = torch.tensor([[[4, 3, 0, 0], [3, 0, 4, 0]], [[0, 4, 3, 0], [1, 1, 1, 1]]], dtype=torch.float64)
 DISTRACTORS = torch.tensor(
-    [[[3, 0, 0, 4], [0, 0, 0, 1], [1, 1, 1, 1]], [[0, 3, 0, 4], [0, -1, 0, 0], [1, 1, 1, 1]]], dtype=torch.float64
+    [
+        [[3, 0, 0, 4], [0, 0, 0, 1], [1, 1, 1, 1]],
+        [[0, 3, 0, 4], [0, -1, 0, 0], [1, 1, 1, 1]],
+    ],
+    dtype=torch.float64,
 )
 ALL = (torch.ones(2, 2, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool))
 PADDED = (
@@ -46,7 +50,16 @@ def test_worked_values(temperature, masks, exclude_padding, expected):
     assert tiers == pytest.approx(expected, abs=2e-6)
 
 
-def slow_loss(anchor, positives, distractors, positive_mask, distractor_mask, temperature, alpha, exclude_padding):
+def slow_loss(
+    anchor,
+    positives,
+    distractors,
+    positive_mask,
+    distractor_mask,
+    temperature,
+    alpha,
+    exclude_padding,
+):
     """The definition in plain loops, a float at a time."""
 
     def logit(x, y):
@@ -120,14 +133,29 @@ def test_more_similar_positive_lowers_the_loss():
     for amount in (0.0, 0.5, 1.0, 2.0):
         closer = positives.clone()
         closer[0, 0] = moved(positives[0, 0], anchor[0], amount)
-        loss = two_tier_loss(anchor, closer, distractors, positive_mask, distractor_mask, temperature=0.5, alpha=0)
+        loss = two_tier_loss(
+            anchor,
+            closer,
+            distractors,
+            positive_mask,
+            distractor_mask,
+            temperature=0.5,
+            alpha=0,
+        )
         losses.append(float(loss))
     assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
 
 
 def test_more_similar_distractor_raises_tier_one_and_lowers_tier_two():
     anchor, positives, distractors, positive_mask, distractor_mask = random_batch(2)
-    before = two_tier_loss(anchor, positives, distractors, positive_mask, distractor_mask, return_tiers=True)
+    before = two_tier_loss(
+        anchor,
+        positives,
+        distractors,
+        positive_mask,
+        distractor_mask,
+        return_tiers=True,
+    )
     closer = distractors.clone()
     closer[0, 0] = moved(distractors[0, 0], anchor[0], 1.0)
     after = two_tier_loss(anchor, positives, closer, positive_mask, distractor_mask, return_tiers=True)
@@ -137,7 +165,10 @@ def test_more_similar_distractor_raises_tier_one_and_lowers_tier_two():
 
 def test_more_similar_random_negative_raises_both_tiers():
     to_positives, to_distractors = torch.randn(3, 3, 2), torch.randn(3, 4)
-    positive_valid, distractor_valid = torch.ones(3, 2, dtype=torch.bool), torch.ones(3, 4, dtype=torch.bool)
+    positive_valid, distractor_valid = (
+        torch.ones(3, 2, dtype=torch.bool),
+        torch.ones(3, 4, dtype=torch.bool),
+    )
     raised = to_positives.clone()
     raised[0, 2, 1] += 1  # anchor 0 against another row's positive
     masks = (positive_valid, positive_valid, distractor_valid)
@@ -183,7 +214,11 @@ def test_order_of_rows_and_length_of_vectors_change_nothing():
     expected = two_tier_loss(*batch)
     assert torch.allclose(two_tier_loss(*(x[order] for x in batch)), expected, atol=1e-6)
     anchor, positives, distractors, *masks = batch
-    assert torch.allclose(two_tier_loss(9 * anchor, 0.1 * positives, 3 * distractors, *masks), expected, atol=1e-5)
+    assert torch.allclose(
+        two_tier_loss(9 * anchor, 0.1 * positives, 3 * distractors, *masks),
+        expected,
+        atol=1e-5,
+    )
 
 
 def test_one_row_alone_has_no_ranking_tier_and_finite_gradients():
@@ -199,7 +234,11 @@ def test_nothing_valid_is_zero():
     anchor, positives, distractors, positive_mask, distractor_mask = random_batch(8)
     anchor.requires_grad_()
     loss = two_tier_loss(
-        anchor, positives, distractors, torch.zeros_like(positive_mask), torch.zeros_like(distractor_mask)
+        anchor,
+        positives,
+        distractors,
+        torch.zeros_like(positive_mask),
+        torch.zeros_like(distractor_mask),
     )
     loss.backward()
     assert float(loss.detach()) == 0 and anchor.grad.isfinite().all()
@@ -221,4 +260,11 @@ def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match="anchor must be"):
         two_tier_loss(positives, positives, distractors, positive_mask, distractor_mask)
     with pytest.raises(ValueError, match="temperature"):
-        two_tier_loss(anchor, positives, distractors, positive_mask, distractor_mask, temperature=0)
+        two_tier_loss(
+            anchor,
+            positives,
+            distractors,
+            positive_mask,
+            distractor_mask,
+            temperature=0,
+        )

@@ -62,13 +62,23 @@ def test_ssr_and_pa_agree_with_plain_loops(views):
     s[torch.rand(s.shape, generator=generator) < 0.2] = NAN
     c[torch.rand(c.shape, generator=generator) < 0.2] = NAN
     expected = slow_ssr_and_pa(s, c)
-    assert (metrics.sample_success_rate(s, c), metrics.pairwise_accuracy(s, c)) == pytest.approx(expected)
+    assert (
+        metrics.sample_success_rate(s, c),
+        metrics.pairwise_accuracy(s, c),
+    ) == pytest.approx(expected)
 
 
 def test_more_similar_views_never_lower_ssr_or_pa_and_more_similar_distractors_never_raise_them():
     generator = torch.Generator().manual_seed(0)
-    s, c = torch.rand(50, 3, 3, generator=generator), torch.rand(50, 3, 3, generator=generator)
-    for metric in (metrics.sample_success_rate, metrics.pairwise_accuracy, metrics.published_pairwise_accuracy):
+    s, c = (
+        torch.rand(50, 3, 3, generator=generator),
+        torch.rand(50, 3, 3, generator=generator),
+    )
+    for metric in (
+        metrics.sample_success_rate,
+        metrics.pairwise_accuracy,
+        metrics.published_pairwise_accuracy,
+    ):
         by_views = [metric(s + shift, c) for shift in (-2, -0.2, 0, 0.2, 2)]
         by_distractors = [metric(s, c + shift) for shift in (-2, -0.2, 0, 0.2, 2)]
         assert by_views == sorted(by_views) and (by_views[0], by_views[-1]) == (0, 1)
@@ -82,7 +92,11 @@ def test_all_ties_lose():
 
 def test_nothing_measured_is_nan():
     absent = torch.full((2, 3, 3), NAN)
-    for metric in (metrics.sample_success_rate, metrics.pairwise_accuracy, metrics.published_pairwise_accuracy):
+    for metric in (
+        metrics.sample_success_rate,
+        metrics.pairwise_accuracy,
+        metrics.published_pairwise_accuracy,
+    ):
         assert math.isnan(metric(absent, absent))
 
 
@@ -97,8 +111,20 @@ def test_shapes_are_checked():
 S12 = torch.tensor([0.90, 0.80, 0.85, 0.70])
 EDITED = torch.stack(
     [
-        torch.stack([torch.tensor([0.95, 0.70, 0.80, 0.72]), torch.tensor([0.80, 0.75, 0.55, 0.60])], dim=1),
-        torch.stack([torch.tensor([0.85, 0.60, 0.75, 0.66]), torch.tensor([0.88, 0.85, 0.60, 0.65])], dim=1),
+        torch.stack(
+            [
+                torch.tensor([0.95, 0.70, 0.80, 0.72]),
+                torch.tensor([0.80, 0.75, 0.55, 0.60]),
+            ],
+            dim=1,
+        ),
+        torch.stack(
+            [
+                torch.tensor([0.85, 0.60, 0.75, 0.66]),
+                torch.tensor([0.88, 0.85, 0.60, 0.65]),
+            ],
+            dim=1,
+        ),
     ],
     dim=1,
 )  # [N,2,2]

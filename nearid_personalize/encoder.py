@@ -1,0 +1,185 @@
+"""NearIDModel: a frozen vision trunk and the attention-pooling head that makes an identity embedding of its tokens.
+
+The layout is the released one (NearID, Cvejic et al., arXiv 2604.01973): the trunk's own multi-head attention pooling
+(MAP), read after the post-layernorm and trained further, then L2 normalisation. Importing this module registers
+`model_type="nearid"` with transformers' auto classes, so `AutoModel.from_pretrained(folder)` needs no remote code.
+
+Shape letters: N images, T tokens, D width, H and W pixels.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
+from transformers.utils import ModelOutput
+
+DEFAULT_TRUNK = "siglip_vision_model"
+
+
+class NearIDConfig(PretrainedConfig):
+    """A trunk's own configuration and what is made of its tokens.
+
+    vision_config: the trunk's config, or its dict; without a `model_type` it is SigLIP's.
+    embed_dim: width of the embedding; the trunk's hidden size, as the MAP head keeps it.
+    normalize_embeddings: whether `image_embeds` have unit length.
+    """
+
+    model_type = "nearid"
+    sub_configs: ClassVar[dict[str, type]] = {"vision_config": AutoConfig}
+
+    vision_config: dict | PretrainedConfig | None = None
+    embed_dim: int | None = None
+    normalize_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.vision_config, PretrainedConfig):
+            fields = dict(self.vision_config or {})
+            self.vision_config = CONFIG_MAPPING[fields.pop("model_type", DEFAULT_TRUNK)](**fields)
+        if self.embed_dim is None:
+            self.embed_dim = self.vision_config.hidden_size
+        if self.embed_dim != self.vision_config.hidden_size:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} differs from the trunk's hidden_size {self.vision_config.hidden_size}: "
+                "the pooling head has no projection"
+            )
+        super().__post_init__(**kwargs)
+
+
+@dataclass
+class NearIDOutput(ModelOutput):
+    """image_embeds [N,D] (unit length), pooler_output [N,D] (before normalisation), last_hidden_state [N,T,D]."""
+
+    image_embeds: Tensor | None = None
+    pooler_output: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+
+
+class NearIDModel(PreTrainedModel):
+    """`backbone` (trunk with its MAP head at `backbone.head`) -> identity embedding.
+
+    Loads both spellings of the released keys: `backbone.vision_model.*` and `backbone.*`. In half precision
+    `from_pretrained` keeps the head in float32; embeddings are always normalised in float32.
+    """
+
+    config_class = NearIDConfig
+    base_model_prefix = "nearid"
+    main_input_name = "pixel_values"
+    input_modalities = "image"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: NearIDConfig) -> None:
+        super().__init__(config)
+        assert isinstance(config.vision_config, PretrainedConfig), "NearIDConfig turns a dict into a config"
+        self.backbone = AutoModel.from_config(config.vision_config)
+        if not isinstance(self.backbone, SiglipVisionModel) or not self.backbone.use_head:
+            raise ValueError(
+                f"vision_config of type {config.vision_config.model_type!r} has no attention-pooling head: "
+                "give a SigLIP vision trunk with vision_use_head"
+            )
+        self._keep_in_fp32_modules_strict = ["backbone.head"]
+        self.post_init()
+
+    @classmethod
+    def from_vision_model(cls, vision_model: SiglipVisionModel) -> "NearIDModel":
+        """A float32 copy of a trunk, pooled by its own head: the frozen baseline, and where training starts."""
+        model = cls(cls.config_class(vision_config=vision_model.config.to_dict()))
+        model.backbone.load_state_dict(vision_model.state_dict())
+        return model.float().eval()
+
+    @property
+    def head(self) -> nn.Module:
+        """The attention pooling: tokens [N,T,D] -> [N,D]. All that is trained."""
+        return self.backbone.head
+
+    def freeze_trunk(self) -> "NearIDModel":
+        """Leave only the head trainable."""
+        self.requires_grad_(False)
+        self.head.requires_grad_(True)
+        return self
+
+    def tokens(self, pixel_values: Tensor) -> Tensor:
+        """[N,3,H,W] normalised pixels -> [N,T,D]: the last layer's tokens after the post-layernorm."""
+        trunk = self.backbone
+        # Part by part rather than `trunk(...)`, which would also run the head, and in the trunk's precision.
+        hidden = trunk.embeddings(pixel_values)
+        return trunk.post_layernorm(trunk.encoder(inputs_embeds=hidden).last_hidden_state)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """[N,T,D] tokens of any float type -> [N,D] float32 embeddings of unit length."""
+        return self._embed(self._pool_raw(tokens))
+
+    def forward(self, pixel_values: Tensor) -> NearIDOutput:
+        """[N,3,H,W] normalised pixels -> embeddings, the pooled vector they come from, and the tokens."""
+        tokens = self.tokens(pixel_values)
+        pooled = self._pool_raw(tokens)
+        return NearIDOutput(
+            image_embeds=self._embed(pooled),
+            pooler_output=pooled,
+            last_hidden_state=tokens,
+        )
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """[N,3,H,W] normalised pixels -> [N,D] embeddings of unit length."""
+        return self.pool(self.tokens(pixel_values))
+
+    def _pool_raw(self, tokens: Tensor) -> Tensor:
+        return self.head(tokens.to(next(self.head.parameters()).dtype))
+
+    def _embed(self, pooled: Tensor) -> Tensor:
+        return F.normalize(pooled.float(), dim=-1) if self.config.normalize_embeddings else pooled.float()
+
+
+AutoConfig.register(NearIDConfig.model_type, NearIDConfig, exist_ok=True)
+AutoModel.register(NearIDConfig, NearIDModel, exist_ok=True)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pictures become pixel values: squashed to size x size pixels, then (x - mean) / std per channel."""
+
+    size: int
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, default_size: int) -> "Preprocessing":
+        """Read `preprocessor_config.json`; without the file, or for what it leaves out, SigLIP's values."""
+        path = Path(folder) / "preprocessor_config.json"
+        fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        size = fields.get("size", default_size)
+        return cls(
+            size=size["height"] if isinstance(size, dict) else size,
+            mean=tuple(fields.get("image_mean", cls.mean)),
+            std=tuple(fields.get("image_std", cls.std)),
+        )
+
+    def to_json(self) -> str:
+        """The content of a `preprocessor_config.json` that transformers' image processors read too."""
+        fields = {
+            "image_processor_type": "SiglipImageProcessor",
+            "do_resize": True,
+            "size": {"height": self.size, "width": self.size},
+            "resample": 3,  # bicubic
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "do_convert_rgb": True,
+        }
+        return json.dumps(fields, indent=2) + "\n"
