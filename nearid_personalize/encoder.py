@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     SiglipVisionModel,
 )
+from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 from transformers.utils import ModelOutput
 
 DEFAULT_TRUNK = "siglip_vision_model"
@@ -43,14 +45,16 @@ class NearIDConfig(PretrainedConfig):
     normalize_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if not isinstance(self.vision_config, PretrainedConfig):
-            fields = dict(self.vision_config or {})
-            self.vision_config = CONFIG_MAPPING[fields.pop("model_type", DEFAULT_TRUNK)](**fields)
+        trunk = self.vision_config
+        if not isinstance(trunk, PretrainedConfig):
+            fields = dict(trunk or {})
+            trunk = CONFIG_MAPPING[fields.pop("model_type", DEFAULT_TRUNK)](**fields)
+        self.vision_config = trunk
         if self.embed_dim is None:
-            self.embed_dim = self.vision_config.hidden_size
-        if self.embed_dim != self.vision_config.hidden_size:
+            self.embed_dim = trunk.hidden_size
+        if self.embed_dim != trunk.hidden_size:
             raise ValueError(
-                f"embed_dim {self.embed_dim} differs from the trunk's hidden_size {self.vision_config.hidden_size}: "
+                f"embed_dim {self.embed_dim} differs from the trunk's hidden_size {trunk.hidden_size}: "
                 "the pooling head has no projection"
             )
         super().__post_init__(**kwargs)
@@ -102,7 +106,7 @@ class NearIDModel(PreTrainedModel):
         return model.float().eval()
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> SiglipMultiheadAttentionPoolingHead:
         """The attention pooling: tokens [N,T,D] -> [N,D]. All that is trained."""
         return self.backbone.head
 
@@ -138,10 +142,29 @@ class NearIDModel(PreTrainedModel):
         return self.pool(self.tokens(pixel_values))
 
     def _pool_raw(self, tokens: Tensor) -> Tensor:
-        return self.head(tokens.to(next(self.head.parameters()).dtype))
+        return attention_pool(self.head, tokens.to(self.head.probe.dtype))
 
     def _embed(self, pooled: Tensor) -> Tensor:
         return F.normalize(pooled.float(), dim=-1) if self.config.normalize_embeddings else pooled.float()
+
+
+def attention_pool(head: SiglipMultiheadAttentionPoolingHead, tokens: Tensor) -> Tensor:
+    """`head(tokens)`, [N,T,D] -> [N,D], reordered: equal up to rounding, with about D / (2 * heads) times less work.
+
+    There is one query, the probe. So its logits are tokens @ (W_k^T q), and the values' projection commutes with the
+    weighted mean over tokens: neither keys nor values are ever formed. (The keys' bias shifts all logits alike.)
+    """
+    attention = head.attention
+    heads, width = attention.num_heads, tokens.shape[-1]
+    w_query, w_key, w_value = attention.in_proj_weight.view(3, heads, width // heads, width)  # each [heads,d,D]
+    b_query, _, b_value = attention.in_proj_bias.view(3, heads, width // heads)  # each [heads,d]
+    query = torch.einsum("hdi,i->hd", w_query, head.probe[0, 0]) + b_query
+    key = torch.einsum("hd,hdi->hi", query, w_key) * (width // heads) ** -0.5  # [heads,D]
+    weights = (tokens @ key.T).softmax(dim=1)  # [N,T,heads]
+    mixed = weights.transpose(1, 2) @ tokens  # [N,heads,D]
+    value = torch.einsum("nhi,hdi->nhd", mixed, w_value) + b_value
+    pooled = attention.out_proj(value.flatten(1))
+    return pooled + head.mlp(head.layernorm(pooled))
 
 
 AutoConfig.register(NearIDConfig.model_type, NearIDConfig, exist_ok=True)

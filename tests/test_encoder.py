@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.models.clip import CLIPVisionConfig
 
-from nearid_personalize.encoder import NearIDConfig, NearIDModel, Preprocessing
+from nearid_personalize.encoder import NearIDConfig, NearIDModel, Preprocessing, attention_pool
 
 
 def tiny_vision_model(seed=0):
@@ -63,6 +63,16 @@ def test_every_way_to_the_embedding_agrees_and_has_unit_length(model, pixels):
     assert torch.equal(model.get_image_features(pixels), expected)
     assert torch.equal(model.pool(model.tokens(pixels)), expected)
     assert torch.allclose(expected.norm(dim=-1), torch.ones(3))
+
+
+def test_attention_pool_is_the_stock_head_values_and_gradients(model):
+    tokens = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    gradients = []
+    for pooled in (model.head(tokens), attention_pool(model.head, tokens)):
+        inputs = [tokens, *model.head.parameters()]
+        gradients.append((pooled.detach(), *torch.autograd.grad(pooled.square().sum(), inputs)))
+    for stock, ours in zip(*gradients, strict=True):
+        assert torch.allclose(stock, ours, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
