@@ -1,12 +1,14 @@
 """An eye for identity for diffusers personalization pipelines.
 
-The public names are resolved on first use, so that importing the package stays cheap and never imports diffusers, peft,
-accelerate or gradio.
+Importing the package makes transformers' Auto classes read NearID checkpoints, and nothing more: the public names are
+resolved on first use, and diffusers, peft, accelerate and gradio are not imported.
 """
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
+
+from transformers import AutoConfig
 
 if TYPE_CHECKING:
     from nearid_personalize.calibration import Calibration as Calibration
@@ -43,6 +45,24 @@ def __getattr__(name: str) -> object:
     value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
     globals()[name] = value
     return value
+
+
+class _NearIDConfigOnDemand:
+    """Stands for `NearIDConfig` in transformers' registry until a NearID checkpoint is met.
+
+    The real classes need transformers' modelling code, which imports accelerate wherever that is installed. Importing
+    `encoder` registers them, config and model, in this one's place.
+    """
+
+    def __new__(cls, *args: object, **fields: object):
+        return import_module("nearid_personalize.encoder").NearIDConfig(*args, **fields)
+
+    @staticmethod
+    def from_dict(config_dict: dict, **fields: object):
+        return import_module("nearid_personalize.encoder").NearIDConfig.from_dict(config_dict, **fields)
+
+
+AutoConfig.register("nearid", _NearIDConfigOnDemand, exist_ok=True)
 
 
 def __dir__() -> list[str]:

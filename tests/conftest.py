@@ -37,7 +37,7 @@ def tiny_tokenizer():
 
 
 def tiny_stable_diffusion(vae, scheduler):
-    """A `StableDiffusionPipeline` of ~0.1 M parameters around the given VAE and scheduler; pictures are 32 x 32."""
+    """A `StableDiffusionPipeline` of ~0.3 M parameters around the given VAE and scheduler; pictures are 32 x 32."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -92,7 +92,6 @@ def tiny_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_decoder_blocks=(1, 1, 1),
         upsampling_scaling_factor=2,
     )
-    vae.register_to_config(block_out_channels=(16, 16, 16))  # the pipeline reads its factor, 2 ** (len - 1), here
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, steps_offset=1)
     folder = tmp_path_factory.mktemp("models") / "tiny-pipeline"
     tiny_stable_diffusion(vae, scheduler).save_pretrained(folder)

@@ -1,0 +1,308 @@
+"""Any picture a user may have -> RGB pixels, or one clear line that says why not.
+
+Conventions: a PIL picture is 8-bit RGB; a tensor is RGB float `[N,3,H,W]` in [0, 1]; an array is `[H,W]` or `[H,W,C]`.
+"""
+
+import os
+import struct
+import uuid
+import warnings
+import zlib
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from nearid_personalize.errors import InputError
+
+ImageSource: TypeAlias = str | Path | bytes | Image.Image | np.ndarray | torch.Tensor
+
+MAX_PIXELS = 100_000_000
+"""Largest picture read, in pixels: 100 MP is 300 MB once decoded."""
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+# What Pillow raises on damaged data; flipping and cutting bytes in 300,000 files met the first four of these.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, OverflowError, EOFError, struct.error, zlib.error)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """One picture as 8-bit RGB, upright.
+
+    Args:
+        source: a path; the bytes of a file; a PIL picture; an array `[H,W]` or `[H,W,C]`, C in {1,3,4}; or a tensor
+            `[C,H,W]`. Arrays and tensors hold bool, uint8, uint16, or float in [0, 1].
+        max_pixels: larger pictures are refused from their header, before any pixel is decoded.
+
+    EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits, palette, grey and
+    CMYK are converted; of an animation the first frame is taken.
+
+    Raises:
+        InputError: the file is missing, damaged, cut short, no picture, or too large, or the array has no such shape.
+    """
+    if isinstance(source, Image.Image):
+        return _decode(source, _name_of(source), max_pixels)
+    if isinstance(source, bytes):
+        return _open(BytesIO(source), f"image of {len(source)} bytes", max_pixels)
+    if isinstance(source, np.ndarray):
+        return _from_array(source, max_pixels)
+    if isinstance(source, torch.Tensor):
+        return _from_array(_channels_last(source), max_pixels)
+    if isinstance(source, str | Path):
+        return _open_file(Path(source), max_pixels)
+    raise InputError(f"image: got {type(source).__name__}; give a path, bytes, PIL picture, array or tensor")
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The picture files directly in `folder`, sorted by name.
+
+    Raises:
+        InputError: `folder` is missing, is not a folder, or holds no file with one of `IMAGE_SUFFIXES`.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise InputError(f"{folder}: no such folder; give a folder of pictures ({', '.join(IMAGE_SUFFIXES)})")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: not a folder; give a folder of pictures ({', '.join(IMAGE_SUFFIXES)})")
+    # A leading dot marks what some systems leave beside pictures ("._photo.jpg"): those are no pictures.
+    paths = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    pictures = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not pictures:
+        raise InputError(f"{folder}: no pictures in this folder; it needs files ending in {', '.join(IMAGE_SUFFIXES)}")
+    return pictures
+
+
+def load_images(source: ImageSource | Iterable[ImageSource]) -> list[Image.Image]:
+    """One or more pictures: a folder, one picture, a batch `[N,H,W,C]` / `[N,C,H,W]`, or any sequence of pictures.
+
+    Raises:
+        InputError: as `load_image` and `list_images`; also for an empty sequence.
+    """
+    if isinstance(source, str | Path):
+        paths = list_images(source) if Path(source).is_dir() else [Path(source)]
+        return [load_image(path) for path in paths]
+    if isinstance(source, np.ndarray | torch.Tensor):
+        return [load_image(item) for item in source] if source.ndim == 4 else [load_image(source)]
+    if isinstance(source, bytes | Image.Image) or not isinstance(source, Iterable):
+        return [load_image(source)]
+    images = [load_image(item) for item in source]
+    if not images:
+        raise InputError("images: an empty sequence; give at least one picture")
+    return images
+
+
+def _open_file(path: Path, max_pixels: int) -> Image.Image:
+    if not path.exists():
+        raise InputError(f"{path}: no such file; give the path of a picture")
+    if path.is_dir():
+        raise InputError(f"{path}: a folder, where one picture is needed; give the path of a picture")
+    return _open(path, str(path), max_pixels)
+
+
+def _open(file: Path | BytesIO, name: str, max_pixels: int) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` decides instead
+            image = Image.open(file)
+    except Image.DecompressionBombError:  # Pillow's own ceiling: twice MAX_IMAGE_PIXELS
+        raise InputError(_too_large(name, f"over {2 * (Image.MAX_IMAGE_PIXELS or 0):,}", max_pixels)) from None
+    except PermissionError:
+        raise InputError(f"{name}: may not be read; check the file's permissions") from None
+    except _DECODE_ERRORS:
+        raise InputError(f"{name}: not a picture that can be read; give a valid PNG, JPEG or WebP file") from None
+    with image:
+        return _decode(image, name, max_pixels)
+
+
+def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    """Pixels of an opened picture: size check on the header first, then decoding, then the conversions."""
+    width, height = image.size
+    if width * height > max_pixels:
+        raise InputError(_too_large(name, f"{width} x {height} = {width * height:,}", max_pixels))
+    try:
+        image.load()
+    except _DECODE_ERRORS as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{name}: damaged or cut short ({reason}); save or copy the picture again") from None
+    return _to_rgb(_upright(image), name)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation says; metadata that cannot be read turns nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DECODE_ERRORS:
+        return image
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Any Pillow mode -> RGB."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy()
+    if image.mode == "F" or image.mode.startswith("I"):
+        pixels = np.asarray(image)
+        top = 1.0 if image.mode == "F" else 65535
+        if not (pixels.min() >= 0 and pixels.max() <= top):
+            raise InputError(f"{name}: {image.mode} pixels outside 0 … {top:g}; save it with 8 bits per channel")
+        return Image.fromarray(np.rint(pixels * (255 / top)).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        over = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    return image.convert("RGB")
+
+
+def _channels_last(tensor: torch.Tensor) -> np.ndarray:
+    """Tensor `[C,H,W]` or `[H,W]` -> array `[H,W,C]` or `[H,W]`."""
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point():
+        tensor = tensor.float()  # NumPy has no bfloat16
+    return (tensor.permute(1, 2, 0) if tensor.ndim == 3 else tensor).numpy()
+
+
+def _from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
+    """Array `[H,W]` or `[H,W,C]` -> RGB picture; C = 4 is RGB and alpha."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or array.size == 0:
+        raise InputError(
+            f"image: array of shape {list(array.shape)} once channels are last; give [H,W], [H,W,3] or [H,W,4] "
+            "(tensors: channels first)"
+        )
+    if array.shape[0] * array.shape[1] > max_pixels:
+        height, width = array.shape[:2]
+        raise InputError(_too_large("image", f"{width} x {height} = {width * height:,}", max_pixels))
+    return _to_rgb(Image.fromarray(_to_uint8(array)), "image")
+
+
+def _to_uint8(array: np.ndarray) -> np.ndarray:
+    """Pixels of a bool, uint8, uint16 or float ([0, 1]) array, scaled to 0 … 255."""
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * 255
+    if array.dtype == np.uint16:
+        return np.rint(array / 257).astype(np.uint8)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise InputError(f"image: pixels of type {array.dtype}; give uint8, uint16, bool, or float in [0, 1]")
+    if not (array.min() >= 0 and array.max() <= 1):  # written so that NaN is refused as well
+        raise InputError(f"image: float pixels from {array.min():g} to {array.max():g}; give floats in [0, 1]")
+    return np.rint(array * 255).astype(np.uint8)
+
+
+def _name_of(image: Image.Image) -> str:
+    return str(getattr(image, "filename", "") or "image")
+
+
+def _too_large(name: str, pixels: str, max_pixels: int) -> str:
+    return f"{name}: {pixels} pixels; at most {max_pixels:,} are read; make the picture smaller first"
+
+
+# --- to tensors ------------------------------------------------------------------------------------------------------
+
+
+def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
+    """RGB pictures, all of one size, as float `[N,3,H,W]` in [0, 1].
+
+    Raises:
+        InputError: no picture, or pictures of different sizes.
+    """
+    if not images:
+        raise InputError("images: an empty sequence; give at least one picture")
+    sizes = {image.size for image in images}
+    if len(sizes) > 1:
+        raise InputError(f"images: sizes differ ({', '.join(f'{w} x {h}' for w, h in sorted(sizes))}); give one size")
+    return torch.cat([_to_bytes(image) for image in images]).float() / 255
+
+
+def preprocess(
+    images: Sequence[Image.Image] | torch.Tensor,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Pictures as an encoder wants them: squashed to `size` x `size`, channels normalised.
+
+    Args:
+        images: PIL pictures of any sizes, or a tensor `[N,3,H,W]`: uint8, or float in [0, 1]. The float path is
+            differentiable, the others round as Pillow's bicubic resize does, bit for bit when shrinking.
+        size: side of the result, pixels.
+        mean, std: per channel, for pixels in [0, 1].
+        device: where the result is; by default the tensor's own, or the CPU for PIL pictures.
+
+    Returns:
+        float32 `[N,3,size,size]`.
+    """
+    if isinstance(images, torch.Tensor):
+        if images.ndim != 4 or images.shape[1] != 3 or not (images.dtype == torch.uint8 or images.is_floating_point()):
+            raise InputError(
+                f"images: {images.dtype} tensor of shape {list(images.shape)}; give uint8 or float [N,3,H,W]"
+            )
+        pixels = _resize(images.to(device), size)
+    else:
+        if not images:
+            raise InputError("images: an empty sequence; give at least one picture")
+        # Resized one by one on the CPU as bytes: sizes may differ, and large photos never become floats.
+        pixels = torch.cat([_resize(_to_bytes(image), size) for image in images]).to(device)
+    shift = torch.tensor(mean, device=pixels.device).view(1, 3, 1, 1)
+    scale = torch.tensor(std, device=pixels.device).view(1, 3, 1, 1)
+    return (pixels - shift) / scale
+
+
+def _to_bytes(image: Image.Image) -> torch.Tensor:
+    """RGB picture -> uint8 `[1,3,H,W]`."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
+
+
+def _resize(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 or float `[N,3,H,W]` -> float32 `[N,3,size,size]` in [0, 1], antialiased bicubic as Pillow's."""
+    if pixels.dtype == torch.uint8 and pixels.device.type != "cpu":
+        pixels = pixels / 255  # byte interpolation exists on the CPU only
+    elif pixels.is_floating_point():
+        pixels = pixels.float()
+    if pixels.shape[-2:] != (size, size):
+        pixels = torch.nn.functional.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
+    if pixels.dtype == torch.uint8:
+        return pixels.float() / 255
+    return pixels.clamp(0, 1)  # bicubic overshoots at edges
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: str | Path, content: bytes | str) -> None:
+    """Write a whole file or nothing: into a temporary file of the same folder, then renamed over `path`.
+
+    Text is written as UTF-8. Raises OSError as `open` does; `path` then is as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_image(image: Image.Image, path: str | Path) -> None:
+    """Write a picture atomically, in the format of the path's suffix (JPEG at quality 95).
+
+    Raises:
+        InputError: the suffix is not one of `IMAGE_SUFFIXES`.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise InputError(f"{path}: unknown picture suffix {path.suffix!r}; use one of {', '.join(IMAGE_SUFFIXES)}")
+    buffer = BytesIO()
+    image.save(buffer, format=Image.registered_extensions()[path.suffix.lower()], quality=95)
+    write_atomically(path, buffer.getvalue())
