@@ -19,9 +19,8 @@ def identity_margins(view_similarity: Tensor, distractor_similarity: Tensor) -> 
     """
     views, distractors = _float64(view_similarity), _float64(distractor_similarity)
     if views.ndim != 3 or views.shape[1] != views.shape[2] or views.shape != distractors.shape:
-        raise ValueError(
-            f"view and distractor similarity must both be [N,V,V], got {list(views.shape)} and {list(distractors.shape)}"
-        )
+        shapes = f"{list(views.shape)} and {list(distractors.shape)}"
+        raise ValueError(f"view and distractor similarity must both be [N,V,V], got {shapes}")
     i, j = torch.triu_indices(views.shape[1], views.shape[1], offset=1)
     pair, own = views[:, i, j], distractors.diagonal(dim1=1, dim2=2)  # [N,pairs], [N,V]
     return torch.cat([pair - own[:, i], pair - own[:, j]], dim=1)
