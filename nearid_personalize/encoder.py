@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -25,6 +27,8 @@ from transformers import (
 )
 from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 from transformers.utils import ModelOutput
+
+from nearid_personalize.errors import InputError
 
 DEFAULT_TRUNK = "siglip_vision_model"
 
@@ -206,3 +210,36 @@ class Preprocessing:
             "do_convert_rgb": True,
         }
         return json.dumps(fields, indent=2) + "\n"
+
+
+def checkpoint_folder(name_or_folder: str | Path) -> Path:
+    """The local folder of a checkpoint: a folder itself, or a Hub id, downloaded unless it is in the cache.
+
+    Raises InputError when a folder lacks config.json or model.safetensors, or the Hub id cannot be had.
+    """
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        if folder.is_absolute() or str(name_or_folder).startswith(".") or str(name_or_folder).count("/") != 1:
+            raise InputError(f"{name_or_folder}: no such folder; give a folder with {_NEEDED}, or a Hub id owner/name")
+        folder = _download(str(name_or_folder))
+    missing = [name for name in ("config.json",) if not (folder / name).is_file()]
+    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        missing.append("model.safetensors")
+    if missing:
+        raise InputError(f"{name_or_folder}: lacks {' and '.join(missing)}; a model folder holds {_NEEDED}")
+    return folder
+
+
+_NEEDED = "config.json and model.safetensors"
+
+
+def _download(repository: str) -> Path:
+    try:
+        # Weights as safetensors only, and no code: what is not asked for cannot be loaded.
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = "not found on the Hub" if isinstance(error, RepositoryNotFoundError) else "the Hub cannot be reached"
+        raise InputError(
+            f"{repository}: {reason}; run `hf download {repository}` where there is a network, or give a folder "
+            "(the built-in `miniworld` is only for the toy world)"
+        ) from None
