@@ -1,0 +1,545 @@
+"""The `nearid` command: parse, validate, show the plan, call the library, write what came out.
+
+Exit status: 0 done; 2 wrong input, with one line on stderr; 3 done, but nothing was accepted.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+
+import torch
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from nearid_personalize.errors import InputError
+from nearid_personalize.images import list_images, load_image, load_images, save_image
+from nearid_personalize.report import (
+    Tile,
+    candidate_tiles,
+    contact_sheet,
+    generation_report,
+    score_report,
+    to_json,
+    write_report,
+)
+from nearid_personalize.selection import rank_candidates
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from nearid_personalize.guard import GuardResult
+    from nearid_personalize.scorer import IdentityScorer, Subject
+
+DONE, WRONG_INPUT, NONE_ACCEPTED = 0, 2, 3
+
+RELEASED_MODEL = "Aleksandar/nearid-siglip2"
+SHEET_LIMIT = 48  # tiles of a score sheet: six rows
+SCORE_CHUNK = 64  # pictures in memory at once
+
+Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """The whole job on the embedded toy world: train a LoRA on four pictures of a pet, draw, keep what is that pet."""
+
+    out: Path = Path("quickstart")
+    """Folder for the references, LoRA, candidates, contact sheet and report.json."""
+    subject_index: int = 0
+    """Which pet, 0 or more; none of them was seen in training."""
+    prompt: str | None = None
+    """What to draw; holds "sks CATEGORY". Default: "a photo of sks CATEGORY in space"."""
+    seed: int = 0
+    """Candidate k is drawn from seed + k."""
+    num_candidates: int = 16
+    """Pictures to draw."""
+    num_images: int = 4
+    """Accepted pictures wanted."""
+    steps: int = 20
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance. Default: the pipeline's own."""
+    lora_steps: int = 400
+    """LoRA training steps."""
+    json: bool = False
+    """Print report.json to stdout, and nothing else."""
+
+    def __post_init__(self) -> None:
+        _at_least("subject-index", self.subject_index, 0)
+        _check_generation(self.seed, self.num_images, self.num_candidates, self.steps)
+        _at_least("lora-steps", self.lora_steps, 1)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score pictures against photos of a subject, most alike first."""
+
+    references: Path
+    """Folder with photos of the subject."""
+    images: Path
+    """Folder with the pictures to score, or one picture."""
+    model: str = RELEASED_MODEL
+    """NearID encoder: Hub id, folder, or "miniworld" (for the toy world only)."""
+    device: Device = "auto"
+    """Where the encoder runs."""
+    out: Path | None = None
+    """Folder for report.json and contact_sheet.png. Default: nothing is written."""
+    json: bool = False
+    """Print the report to stdout as JSON, and nothing else."""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Draw candidates with a diffusers pipeline, keep those that show the subject."""
+
+    base_model: str
+    """Text-to-image pipeline: folder, Hub id, or "miniworld"."""
+    references: Path
+    """Folder with photos of the subject."""
+    prompt: str
+    """What to draw."""
+    out: Path
+    """Folder for the candidates, contact sheet and report.json."""
+    lora: Path | None = None
+    """LoRA of the subject: a .safetensors file or its folder."""
+    model: str = RELEASED_MODEL
+    """NearID encoder: Hub id, folder, or "miniworld" (for the toy world only)."""
+    num_images: int = 4
+    """Accepted pictures wanted."""
+    num_candidates: int = 16
+    """Pictures to draw."""
+    seed: int = 0
+    """Candidate k is drawn from seed + k."""
+    steps: int = 30
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance. Default: the pipeline's own."""
+    max_batch_size: int = 8
+    """Candidates denoised together: memory against speed."""
+    device: Device = "auto"
+    """Where pipeline and encoder run."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Pipeline weights. auto: float32 on the CPU, else bfloat16."""
+    json: bool = False
+    """Print report.json to stdout, and nothing else."""
+
+    def __post_init__(self) -> None:
+        _check_generation(self.seed, self.num_images, self.num_candidates, self.steps)
+        _at_least("max-batch-size", self.max_batch_size, 1)
+
+
+Command: TypeAlias = (
+    Annotated[Quickstart, tyro.conf.subcommand("quickstart")]
+    | Annotated[Score, tyro.conf.subcommand("score")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+)
+COMMANDS = ("quickstart", "score", "generate")
+
+
+def _at_least(flag: str, value: int, least: int) -> None:
+    if value < least:
+        raise InputError(f"--{flag} {value}: must be {least} or more")
+
+
+def _check_generation(seed: int, num_images: int, num_candidates: int, steps: int) -> None:
+    _at_least("seed", seed, 0)
+    _at_least("num-images", num_images, 1)
+    _at_least("steps", steps, 1)
+    if num_candidates < num_images:
+        raise InputError(f"--num-candidates {num_candidates}: must be --num-images ({num_images}) or more")
+
+
+# --- entry -----------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its status; `arguments` default to those of the process."""
+    try:
+        status = run(parse(sys.argv[1:] if arguments is None else arguments))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = WRONG_INPUT
+    sys.exit(status)
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """The command that `arguments` spell.
+
+    Raises:
+        InputError: unknown command or flag, missing flag, or a value that does not fit.
+        SystemExit: after --help.
+    """
+    command = arguments[0] if arguments and not arguments[0].startswith("-") else ""
+    if command and command not in COMMANDS:
+        raise InputError(f"unknown command {command!r}; give {', '.join(COMMANDS)}")
+    complaint = StringIO()
+    try:
+        with redirect_stderr(complaint):
+            return tyro.cli(
+                Command,
+                prog="nearid",
+                description="An eye for identity for diffusers personalization pipelines.",
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise InputError(f"{_one_line(complaint.getvalue())}; see nearid {command} --help".replace("  ", " ")) from None
+
+
+def run(command: Command) -> int:
+    """Run a parsed command; returns its exit status."""
+    _quieten_libraries()
+    if isinstance(command, Quickstart):
+        return run_quickstart(command)
+    if isinstance(command, Score):
+        return run_score(command)
+    return run_generate(command)
+
+
+def _one_line(boxed: str) -> str:
+    """The message inside tyro's box: its lines up to the first rule, joined; of missing flags only their names."""
+    lines = []
+    for line in boxed.splitlines():
+        text = line.strip("│ ")
+        if text.startswith("─"):
+            break
+        if line.startswith("│") and text:
+            lines.append(text)
+    if lines and lines[0].startswith("Missing from"):
+        return "missing " + ", ".join(line.split()[0] for line in lines if line.startswith("--"))
+    return re.sub(r"^Error parsing \w+: ", "", " ".join(lines)).rstrip(".")
+
+
+def _quieten_libraries() -> None:
+    """Keep the libraries' advice off the terminal, so that an error stays one line. Flags set by the user win."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    if os.environ["TRANSFORMERS_VERBOSITY"] == "error":
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def run_score(options: Score) -> int:
+    """`nearid score`."""
+    from nearid_personalize.scorer import IdentityScorer
+
+    references = load_images(picture_paths(options.references))
+    paths = picture_paths(options.images)
+    if options.out is not None:
+        check_writable(options.out)
+    _say(options.json, f"plan: score {len(paths)} pictures against {len(references)} references with {options.model}")
+
+    clock = Stopwatch()
+    with clock.stage("load"):
+        scorer = IdentityScorer.from_pretrained(options.model, device=choose_device(options.device))
+    with clock.stage("score"):
+        subject = scorer.enroll(references)
+        ranking = rank_candidates(_score_files(scorer, subject, paths), subject.threshold)
+    verdicts = [(paths[v.index], v.score, "accepted" if v.accepted else "rejected") for v in ranking]
+    report = score_report(
+        [Tile(None, path.name, score, status) for path, score, status in verdicts],
+        subject.threshold,
+        options.model,
+        clock.seconds,
+    )
+    if options.out is not None:
+        tiles = [Tile(load_image(path), path.name, score, status) for path, score, status in verdicts[:SHEET_LIMIT]]
+        sheet = contact_sheet(references, tiles, str(options.images), subject.threshold)
+        save_image(sheet, options.out / "contact_sheet.png")
+        write_report(report, options.out / "report.json")
+    rows = [(str(rank), path.name, score, status) for rank, (path, score, status) in enumerate(verdicts, start=1)]
+    return _conclude(options.json, report, rows, subject.threshold, options.out)
+
+
+def run_generate(options: Generate) -> int:
+    """`nearid generate`."""
+    references = load_images(picture_paths(options.references))
+    check_writable(options.out)
+    _say(
+        options.json,
+        f"plan: {options.num_candidates} candidates of {options.prompt!r} from {options.base_model}"
+        f" (LoRA: {options.lora or 'none'}), scored by {options.model} against {len(references)} references",
+    )
+    clock = Stopwatch()
+    with clock.stage("load"):
+        from nearid_personalize.scorer import IdentityScorer
+
+        device = choose_device(options.device)
+        scorer = IdentityScorer.from_pretrained(options.model, device=device)
+        pipe = load_pipeline(options.base_model, device, choose_dtype(options.dtype, device))
+        if options.lora is not None:
+            from nearid_personalize.training.lora import load_lora
+
+            load_lora(pipe, options.lora)
+    result = _guarded(pipe, scorer, references, options.prompt, options)
+    lora = None if options.lora is None else str(options.lora)
+    models = {"base": options.base_model, "lora": lora, "scorer": options.model}
+    return _finish_generation(result, references, models, clock, options.out, options.json)
+
+
+def run_quickstart(options: Quickstart) -> int:
+    """`nearid quickstart`."""
+    from nearid_personalize.miniworld import example_references
+
+    references, category, _ = example_references(index=options.subject_index)
+    prompt = choose_prompt(options.prompt, category, options.subject_index)
+    check_writable(options.out)
+    reference_dir = _write_references(references, options.out / "references")
+    _say(
+        options.json,
+        f"plan: train a LoRA on {len(references)} pictures of {category} no. {options.subject_index}, then keep the"
+        f" best {options.num_images} of {options.num_candidates} candidates of {prompt!r}",
+    )
+    clock = Stopwatch()
+    with clock.stage("train_lora"):
+        from nearid_personalize.training.lora import LoraOptions, load_lora, train_lora
+
+        lora_options = LoraOptions(
+            base_model="miniworld",
+            references=reference_dir,
+            output=options.out / "lora",
+            prompt=f"a photo of sks {category}",
+            seed=options.seed,
+            steps=options.lora_steps,
+        )
+        lora = train_lora(lora_options)
+    with clock.stage("load"):
+        from nearid_personalize.scorer import IdentityScorer
+
+        device = choose_device("auto")
+        scorer = IdentityScorer.from_pretrained("miniworld", device=device)
+        pipe = load_pipeline("miniworld", device, torch.float32)
+        load_lora(pipe, lora)
+    result = _guarded(pipe, scorer, references, prompt, options)
+    models: dict[str, str | None] = {"base": "miniworld", "lora": "lora", "scorer": "miniworld"}
+    return _finish_generation(result, references, models, clock, options.out, options.json)
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Wall time by stage, seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside the block to stage `name`."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def picture_paths(path: Path) -> list[Path]:
+    """The pictures that a flag means: those of a folder, or the one file."""
+    return [path] if path.is_file() else list_images(path)
+
+
+def check_writable(out: Path) -> None:
+    """Create the output folder and try a file in it, so that no long work ends at a closed door.
+
+    Raises:
+        InputError: it cannot be created or written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"--out {out}: cannot be written ({reason}); give a folder that can") from None
+
+
+def choose_device(wanted: Device) -> str:
+    """The device to run on; "auto" is CUDA where there is one, else the CPU."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[wanted]:
+        raise InputError(f"--device {wanted}: not available on this machine; use --device auto or cpu")
+    return wanted
+
+
+def choose_dtype(wanted: str, device: str) -> torch.dtype:
+    """The precision of the pipeline's weights; "auto" is float32 on the CPU, else bfloat16."""
+    if wanted == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
+
+
+def choose_prompt(wanted: str | None, category: str, subject_index: int) -> str:
+    """The quickstart's prompt, which must speak of the subject by its rare token and true category."""
+    if wanted is None:
+        return f"a photo of sks {category} in space"
+    if f"sks {category}" not in wanted:
+        raise InputError(
+            f'--prompt "{wanted}": subject {subject_index} is a {category}; write of it as "sks {category}"'
+        )
+    return wanted
+
+
+def load_pipeline(base_model: str, device: str, dtype: torch.dtype) -> "DiffusionPipeline":
+    """A text-to-image pipeline from a folder, the Hub, or the package ("miniworld"); safetensors only.
+
+    Raises:
+        InputError: the folder is no pipeline or lacks weights, a file is damaged, or the Hub cannot give it.
+    """
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+    from safetensors import SafetensorError
+
+    if os.environ.get("DIFFUSERS_VERBOSITY") == "error":
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    if base_model == "miniworld":
+        from nearid_personalize.miniworld import weights_dir
+
+        source = str(weights_dir("pipeline"))
+    else:
+        source = base_model
+    if Path(source).exists():
+        _check_pipeline_folder(base_model, Path(source))
+    try:
+        return DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True).to(device)
+    except SafetensorError as error:
+        raise InputError(f"--base-model {base_model}: damaged weights ({error}); download the model again") from None
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--base-model {base_model}: {reason}; give a pipeline's folder or a Hub id") from None
+
+
+def _check_pipeline_folder(flag_value: str, folder: Path) -> None:
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"--base-model {flag_value}: has no model_index.json; give the folder of a diffusers pipeline")
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(f"--base-model {flag_value}: model_index.json is damaged; download the model again") from None
+    for part in (folder / name for name in index):
+        # Only models keep a config.json; schedulers and tokenizers name theirs otherwise and have no weights.
+        if (part / "config.json").is_file() and not any(part.glob("*.safetensors")):
+            raise InputError(
+                f"--base-model {flag_value}: {part.name}/ has no .safetensors weights; download the whole model"
+            )
+
+
+def _write_references(references: Sequence[Image.Image], folder: Path) -> Path:
+    """The quickstart's reference pictures as files; the LoRA is trained on all that lies in `folder`."""
+    names = [f"reference-{index}.png" for index in range(len(references))]
+    folder.mkdir(exist_ok=True)
+    strangers = sorted(path.name for path in folder.iterdir() if path.name not in names)
+    if strangers:
+        raise InputError(f"--out {folder.parent}: references/ already holds {strangers[0]}; give another folder")
+    for name, image in zip(names, references):
+        save_image(image, folder / name)
+    return folder
+
+
+def _score_files(scorer: "IdentityScorer", subject: "Subject", paths: Sequence[Path]) -> torch.Tensor:
+    """Similarities `[N]`; never more than `SCORE_CHUNK` pictures are in memory."""
+    chunks = [paths[start : start + SCORE_CHUNK] for start in range(0, len(paths), SCORE_CHUNK)]
+    progress = tqdm(chunks, desc="score", disable=len(chunks) == 1)
+    return torch.cat([scorer.score([load_image(path) for path in chunk], subject) for chunk in progress])
+
+
+def _guarded(
+    pipe: "DiffusionPipeline",
+    scorer: "IdentityScorer",
+    references: Sequence[Image.Image],
+    prompt: str,
+    options: Generate | Quickstart,
+) -> "GuardResult":
+    from nearid_personalize.guard import IdentityGuard
+
+    batch = {"max_batch_size": options.max_batch_size} if isinstance(options, Generate) else {}
+    guidance = {} if options.guidance_scale is None else {"guidance_scale": options.guidance_scale}
+    guard = IdentityGuard(pipe, scorer, scorer.enroll(references), **batch)
+    return guard(
+        prompt,
+        num_images=options.num_images,
+        num_candidates=options.num_candidates,
+        seed=options.seed,
+        num_inference_steps=options.steps,
+        **guidance,
+    )
+
+
+def _finish_generation(
+    result: "GuardResult",
+    references: Sequence[Image.Image],
+    models: dict[str, str | None],
+    clock: Stopwatch,
+    out: Path,
+    as_json: bool,
+) -> int:
+    """Write candidates, contact sheet and, last, the report that names them; print the table."""
+    names = {c.seed: f"candidate-{c.seed}.png" for c in result.candidates if c.image is not None}
+    for candidate in result.candidates:
+        if candidate.image is not None:
+            save_image(candidate.image, out / names[candidate.seed])
+    sheet = contact_sheet(references, candidate_tiles(result), result.prompt, result.threshold)
+    save_image(sheet, out / "contact_sheet.png")
+    report = generation_report(result, names, models, clock.seconds)
+    write_report(report, out / "report.json")
+    rows = [
+        (str(rank), names.get(c.seed, f"seed {c.seed}"), c.score, c.status)
+        for rank, c in enumerate(result.ranked, start=1)
+    ]
+    return _conclude(as_json, report, rows, result.threshold, out)
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def _say(as_json: bool, text: str) -> None:
+    """A line for the reader; stdout belongs to the report when that is asked for."""
+    print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+
+def _conclude(
+    as_json: bool, report: dict, rows: Sequence[tuple[str, str, float, str]], threshold: float, out: Path | None
+) -> int:
+    """Print the report or a table of (rank, name, score, status); returns the exit status."""
+    accepted = sum(status == "accepted" for *_, status in rows)
+    if as_json:
+        sys.stdout.write(to_json(report))
+    else:
+        print(table(rows))
+        print(f"accepted {accepted} of {len(rows)} (similarity {threshold:.3f} or more)")
+        print("  ".join(f"{stage} {value:.1f} s" for stage, value in report["cost"]["seconds"].items()))
+        if out is not None:
+            print(f"look at {out / 'contact_sheet.png'}")
+    return DONE if accepted else NONE_ACCEPTED
+
+
+def table(rows: Sequence[tuple[str, str, float, str]]) -> str:
+    """(rank, name, score, status) rows as aligned text under a heading."""
+    cells = [("rank", "picture", "score", "status")]
+    cells += [(rank, name, "-" if math.isnan(score) else f"{score:.3f}", status) for rank, name, score, status in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(4)]
+    return "\n".join(
+        f"{rank:>{widths[0]}}  {name:<{widths[1]}}  {score:>{widths[2]}}  {status}"
+        for rank, name, score, status in cells
+    )

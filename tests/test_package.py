@@ -1,0 +1,70 @@
+"""What importing the package costs and brings, and that every console command starts."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import nearid_personalize
+
+HEAVY = ("diffusers", "peft", "accelerate", "gradio")
+COMMANDS = ("quickstart", "score", "generate")
+
+
+def run_python(code: str, *arguments: str) -> str:
+    """Output of `code` in a fresh interpreter."""
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_importing_the_package_and_the_command_imports_nothing_heavy():
+    code = f"""
+import sys
+import nearid_personalize, nearid_personalize.images, nearid_personalize.report, nearid_personalize.cli
+print([name for name in {HEAVY} if name in sys.modules])
+"""
+    assert run_python(code).strip() == "[]"
+
+
+def test_importing_the_package_teaches_auto_model_the_checkpoint(tiny_nearid_dir: Path):
+    code = """
+import sys
+import nearid_personalize
+from transformers import AutoConfig, AutoModel
+assert "nearid_personalize.encoder" not in sys.modules
+print(type(AutoModel.from_pretrained(sys.argv[1], use_safetensors=True)).__name__)
+print(type(AutoConfig.for_model("nearid")).__name__, type(AutoConfig.from_pretrained(sys.argv[1])).__name__)
+"""
+    assert run_python(code, str(tiny_nearid_dir)).split() == ["NearIDModel", "NearIDConfig", "NearIDConfig"]
+
+
+def test_every_public_name_is_there():
+    assert {"IdentityScorer", "IdentityGuard", "NearIDModel"} <= set(nearid_personalize.__all__)
+    for name in nearid_personalize.__all__:
+        assert getattr(nearid_personalize, name) is not None
+        assert name in dir(nearid_personalize)
+
+
+def test_a_misspelt_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="IdentityGard"):
+        _ = nearid_personalize.IdentityGard
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_command_answers_help(command: str):
+    """The installed console script where there is one, else the same function through the interpreter."""
+    script = shutil.which("nearid", path=sysconfig.get_path("scripts"))
+    start = [script] if script else [sys.executable, "-c", "from nearid_personalize.cli import main; main()"]
+    arguments = [*start, *command.split(), "--help"]
+    result = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=300, env={**os.environ, "COLUMNS": "120"}
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("usage: nearid")
+    for name in COMMANDS if not command else ["--json"]:
+        assert name in result.stdout
