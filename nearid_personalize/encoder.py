@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -233,12 +234,47 @@ def checkpoint_folder(name_or_folder: str | Path) -> Path:
 _NEEDED = "config.json and model.safetensors"
 
 
+def load_encoder(
+    name_or_folder: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[NearIDModel, Preprocessing, Path]:
+    """A NearID checkpoint, or a SigLIP one under its own pooling head; its preprocessing; its local folder.
+
+    Weights are read from safetensors only and no code comes with them. Raises InputError when the checkpoint cannot
+    be found, is of another kind, cannot be read, or leaves weights of the model unset.
+    """
+    folder = checkpoint_folder(name_or_folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name_or_folder}: config.json cannot be read ({str(error).splitlines()[0]})") from None
+    classes = {"nearid": NearIDModel, "siglip": SiglipVisionModel, "siglip_vision_model": SiglipVisionModel}
+    if config.model_type not in classes:
+        raise InputError(f"{name_or_folder}: a model of type {config.model_type!r}; give a NearID or SigLIP checkpoint")
+    try:
+        model, info = classes[config.model_type].from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except SafetensorError as error:
+        raise InputError(f"{name_or_folder}: model.safetensors cannot be read ({error}); get the file again") from None
+    if info["missing_keys"]:
+        # transformers would fill them with random numbers and go on.
+        some = sorted(info["missing_keys"])[0]
+        raise InputError(f"{name_or_folder}: model.safetensors lacks {len(info['missing_keys'])} weights, {some} first")
+    if not isinstance(model, NearIDModel):
+        model = NearIDModel.from_vision_model(model)
+    return model.eval(), Preprocessing.from_folder(folder, model.config.vision_config.image_size), folder
+
+
 def _download(repository: str) -> Path:
     try:
         # Weights as safetensors only, and no code: what is not asked for cannot be loaded.
         return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = "not found on the Hub" if isinstance(error, RepositoryNotFoundError) else "the Hub cannot be reached"
+        reason = (
+            "not on the Hub, or not open to you"
+            if isinstance(error, RepositoryNotFoundError)
+            else "the Hub cannot be reached"
+        )
         raise InputError(
             f"{repository}: {reason}; run `hf download {repository}` where there is a network, or give a folder "
             "(the built-in `miniworld` is only for the toy world)"

@@ -7,12 +7,15 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    SiglipConfig,
+    SiglipModel,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 from transformers.models.clip import CLIPVisionConfig
 
-from nearid_personalize.encoder import NearIDConfig, NearIDModel, Preprocessing, attention_pool
+from nearid_personalize.encoder import NearIDConfig, NearIDModel, Preprocessing, attention_pool, load_encoder
+from nearid_personalize.errors import InputError
 
 
 def tiny_vision_model(seed=0):
@@ -224,3 +227,55 @@ def test_preprocessing_reads_what_it_and_transformers_write(tmp_path):
 
 def test_preprocessing_defaults_to_siglips(tmp_path):
     assert Preprocessing.from_folder(tmp_path, default_size=384) == Preprocessing(384, (0.5,) * 3, (0.5,) * 3)
+
+
+def test_trunks_of_either_siglip_layout_load(tmp_path):
+    torch.manual_seed(0)
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision = tiny_vision_model().config.to_dict()
+    both = SiglipModel(SiglipConfig(vision_config=vision, text_config={**text, "vocab_size": 64}))
+    both.save_pretrained(tmp_path / "both")
+    both.vision_model.save_pretrained(tmp_path / "vision")
+    expected = NearIDModel.from_vision_model(both.vision_model).state_dict()
+    for name in ("both", "vision"):
+        model, preprocessing, folder = load_encoder(tmp_path / name)
+        assert model.state_dict().keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+        assert preprocessing == Preprocessing(32) and folder == tmp_path / name
+
+
+def test_folders_without_a_model_are_refused(model, tmp_path):
+    with pytest.raises(InputError, match=r"missing: no such folder"):
+        load_encoder(tmp_path / "missing")
+    with pytest.raises(InputError, match=r"lacks config\.json and model\.safetensors"):
+        load_encoder(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(InputError, match=r"lacks model\.safetensors"):
+        load_encoder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="'bert'"):
+        load_encoder(tmp_path)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json cannot be read"):
+        load_encoder(tmp_path)
+
+
+def test_damaged_weights_are_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    # Cloned: what safetensors loads is the file itself, mapped into memory, and the file is cut short next.
+    whole, weights = path.read_bytes(), {name: value.clone() for name, value in load_file(path).items()}
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
+        load_encoder(tmp_path)
+    del weights["backbone.head.probe"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks 1 weights, backbone\.head\.probe"):
+        load_encoder(tmp_path)
+
+
+def test_unreachable_hub_says_how_to_get_the_model():
+    with pytest.raises(InputError, match=r"hf download nobody/nothing.*miniworld.*toy world") as refused:
+        load_encoder("nobody/nothing")
+    assert "\n" not in str(refused.value)

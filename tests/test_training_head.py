@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from nearid_personalize import InputError, NearIDModel, metrics
-from nearid_personalize.encoder import Preprocessing
+from nearid_personalize.encoder import Preprocessing, load_encoder
 from nearid_personalize.images import preprocess
 from nearid_personalize.training.head import (
     HeadOptions,
@@ -22,7 +22,6 @@ from nearid_personalize.training.head import (
     embed_slots,
     evaluate_retrieval,
     identity_similarities,
-    load_trunk,
     train_head,
     warmup_cosine,
 )
@@ -223,7 +222,7 @@ def test_output_is_a_whole_model_and_nothing_else(tmp_path):
         "preprocessor_config.json",
         "training.json",
     ]
-    again, read = load_trunk(tmp_path / "out")
+    again, read, _ = load_encoder(tmp_path / "out")
     assert read == preprocessing
     assert same(weights(again), weights(model))
     report = json.loads((tmp_path / "out" / "training.json").read_text())
@@ -296,29 +295,6 @@ def test_output_that_is_a_file_is_refused(tmp_path):
         train_head(quick_options(tmp_path / "file"), tiny_model(), Tiles(4), PREPROCESSING)
 
 
-def test_trunks_of_either_siglip_layout_load(tmp_path):
-    torch.manual_seed(0)
-    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    both = SiglipModel(SiglipConfig(vision_config=vision_config().to_dict(), text_config={**text, "vocab_size": 64}))
-    both.save_pretrained(tmp_path / "both")
-    both.vision_model.save_pretrained(tmp_path / "vision")
-    expected = weights(NearIDModel.from_vision_model(both.vision_model))
-    for name in ("both", "vision"):
-        model, preprocessing = load_trunk(tmp_path / name)
-        assert same(weights(model), expected) and preprocessing == PREPROCESSING
-
-
-def test_folders_that_are_no_trunk_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no such folder"):
-        load_trunk(tmp_path / "missing")
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(InputError, match=r"lacks model\.safetensors"):
-        load_trunk(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match="'bert'"):
-        load_trunk(tmp_path)
-
-
 # --- the entry point
 
 
@@ -335,7 +311,7 @@ def test_trainer_shows_its_plan_and_trains_on_the_mini_world(tmp_path):
     done = run_trainer(*common, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "SSR" in done.stdout
-    assert not same(weights(load_trunk(tmp_path / "out")[0]), weights(tiny_model()))
+    assert not same(weights(load_encoder(tmp_path / "out")[0]), weights(tiny_model()))
 
 
 def test_trainer_answers_wrong_input_with_one_line(tmp_path):

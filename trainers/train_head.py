@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 
 import tyro
 
+from nearid_personalize.encoder import load_encoder
 from nearid_personalize.errors import InputError
 from nearid_personalize.miniworld.dataset import MiniWorldDataset
-from nearid_personalize.training.head import HeadOptions, HeadResult, load_trunk, train_head
+from nearid_personalize.training.head import HeadOptions, HeadResult, train_head
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> HeadResult | None:
     """Show the plan, then train."""
-    model, preprocessing = load_trunk(arguments.trunk)
+    model, preprocessing, _ = load_encoder(arguments.trunk)
     model.freeze_trunk()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"trunk       {arguments.trunk}: {model.num_parameters():,} parameters, {trained:,} of them trained")

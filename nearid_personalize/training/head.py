@@ -20,10 +20,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import AutoConfig, SiglipVisionModel
 
 from nearid_personalize import metrics
-from nearid_personalize.encoder import NearIDConfig, NearIDModel, Preprocessing, checkpoint_folder
+from nearid_personalize.encoder import NearIDModel, Preprocessing
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import preprocess, write_atomically
 from nearid_personalize.losses import two_tier_loss
@@ -85,23 +84,6 @@ class HeadOptions:
         bookkeeping = {"output", "evaluate_every", "checkpoint_every", "resume", "keep_checkpoint"}
         bookkeeping |= {"tokens_on_disk", "num_workers"}
         return {name: value for name, value in asdict(self).items() if name not in bookkeeping}
-
-
-def load_trunk(name_or_folder: str | Path) -> tuple[NearIDModel, Preprocessing]:
-    """A model to train, in float32, from a SigLIP checkpoint (its own pooling head first) or a NearID one.
-
-    Raises InputError when it is neither, or cannot be found.
-    """
-    folder = checkpoint_folder(name_or_folder)
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type == NearIDConfig.model_type:
-        model = NearIDModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    elif config.model_type in ("siglip", "siglip_vision_model"):
-        vision_model = SiglipVisionModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        model = NearIDModel.from_vision_model(vision_model)
-    else:
-        raise InputError(f"{name_or_folder}: a model of type {config.model_type!r}; give a SigLIP or NearID checkpoint")
-    return model, Preprocessing.from_folder(folder, model.config.vision_config.image_size)
 
 
 # --- the token cache -------------------------------------------------------------------------------------------------

@@ -1,0 +1,256 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from nearid_personalize import Calibration, IdentityScorer, InputError, NearIDModel, Subject
+from nearid_personalize.scorer import (
+    SINGLE_REFERENCE_THRESHOLD,
+    UNCALIBRATED_MARGIN,
+    identity_scores,
+    uncalibrated_threshold,
+)
+
+AGGREGATIONS = ("mean", "max", "centroid")
+
+
+def picture(seed, size=(40, 30)):
+    blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_nearid_dir):
+    return IdentityScorer.from_pretrained(tiny_nearid_dir)
+
+
+@pytest.fixture
+def pictures():
+    return [picture(seed, (40 + seed, 30)) for seed in range(7)]
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+# --- scores of embeddings
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_scores_agree_with_plain_loops(aggregation):
+    embeddings, references = unit(6, 8), unit(3, 8, seed=1)
+    expected = []
+    for e in embeddings.tolist():
+        cosines = [sum(x * y for x, y in zip(e, r, strict=True)) for r in references.tolist()]
+        total = [sum(column) for column in zip(*references.tolist(), strict=True)]
+        centroid = sum(x * y for x, y in zip(e, total, strict=True)) / sum(x * x for x in total) ** 0.5
+        expected.append({"mean": sum(cosines) / 3, "max": max(cosines), "centroid": centroid}[aggregation])
+    assert identity_scores(embeddings, references, aggregation).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_better_match_scores_better(aggregation):
+    references, stranger = unit(1, 8).expand(3, -1) + 0.1 * unit(3, 8, seed=1), unit(1, 8, seed=2)
+    references = F.normalize(references, dim=-1)
+    towards = F.normalize(references.mean(dim=0, keepdim=True), dim=-1)
+    steps = torch.cat([F.normalize((1 - t) * stranger + t * towards, dim=-1) for t in (0, 0.3, 0.6, 0.9, 1)])
+    scores = identity_scores(steps, references, aggregation).tolist()
+    assert scores == sorted(scores) and scores[-1] > scores[0] + 0.3
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_order_of_references_changes_nothing(aggregation):
+    embeddings, references = unit(6, 8), unit(4, 8, seed=1)
+    shuffled = references[torch.tensor([2, 0, 3, 1])]
+    expected = identity_scores(embeddings, references, aggregation)
+    assert torch.allclose(identity_scores(embeddings, shuffled, aggregation), expected, atol=1e-6)
+    expected_threshold = uncalibrated_threshold(references, aggregation)
+    assert uncalibrated_threshold(shuffled, aggregation) == pytest.approx(expected_threshold, abs=1e-6)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_scores_stay_in_range(aggregation):
+    reference = unit(1, 512)
+    scores = identity_scores(torch.cat([reference, -reference]), reference, aggregation)
+    assert scores.tolist() == pytest.approx([1, -1]) and scores.abs().max() <= 1
+
+
+def test_uncalibrated_threshold_is_the_references_own_likeness_less_a_margin():
+    references = unit(3, 8)
+    cosines = references @ references.T
+    expected = float(cosines[0, 1] + cosines[0, 2] + cosines[1, 2]) / 3 - UNCALIBRATED_MARGIN
+    assert uncalibrated_threshold(references) == pytest.approx(expected, abs=1e-6)
+    assert uncalibrated_threshold(references[:1]) == SINGLE_REFERENCE_THRESHOLD
+    alike = F.normalize(references[:1] + 0.1 * references, dim=-1)
+    assert uncalibrated_threshold(alike) > uncalibrated_threshold(references)
+
+
+# --- embedding pictures
+
+
+def test_embeddings_are_unit_float32_and_independent_of_batch_size(tiny_nearid_dir, scorer, pictures):
+    expected = scorer.embed(pictures)
+    assert expected.shape == (7, 32) and expected.dtype == torch.float32
+    assert torch.allclose(expected.norm(dim=1), torch.ones(7))
+    for batch_size in (1, 2, 7):
+        scorer_of = IdentityScorer(
+            NearIDModel.from_pretrained(tiny_nearid_dir), 32, (0.5,) * 3, (0.5,) * 3, batch_size=batch_size
+        )
+        assert torch.allclose(scorer_of.embed(pictures), expected, atol=1e-5)
+
+
+def test_every_kind_of_input_embeds_alike(scorer, pictures, tmp_path):
+    same_size = [p.resize((32, 32)) for p in pictures]
+    expected = scorer.embed(same_size)
+    for index, image in enumerate(same_size):
+        image.save(tmp_path / f"{index}.png")
+    arrays = np.stack([np.asarray(image) for image in same_size])
+    tensor = torch.from_numpy(arrays).permute(0, 3, 1, 2)
+    for images in (tmp_path, sorted(tmp_path.iterdir()), tuple(same_size), iter(same_size), arrays, list(arrays)):
+        assert torch.allclose(scorer.embed(images), expected, atol=1e-5)
+    for images in (tensor, tensor.float() / 255, list(tensor)):
+        assert torch.allclose(scorer.embed(images), expected, atol=1e-5)
+    for image in (same_size[0], tmp_path / "0.png", (tmp_path / "0.png").read_bytes(), arrays[0], tensor[0]):
+        assert torch.allclose(scorer.embed(image), expected[:1], atol=1e-5)
+
+
+def test_half_precision_stays_close(tiny_nearid_dir, scorer, pictures):
+    half = IdentityScorer.from_pretrained(tiny_nearid_dir, dtype=torch.bfloat16)
+    assert half.model.head.probe.dtype == torch.float32
+    embeddings = half.embed(pictures)
+    assert embeddings.dtype == torch.float32
+    assert F.cosine_similarity(embeddings, scorer.embed(pictures)).min() > 0.99
+
+
+@pytest.mark.parametrize("images", [[], torch.zeros(0, 3, 8, 8)])
+def test_no_pictures_is_refused(scorer, images):
+    with pytest.raises(InputError, match="empty"):
+        scorer.embed(images)
+
+
+# --- subjects
+
+
+def test_identical_picture_scores_one(scorer):
+    subject = scorer.enroll([picture(0)])
+    assert scorer.score([picture(0)], subject).tolist() == pytest.approx([1], abs=1e-6)
+    several = scorer.enroll([picture(0), picture(1)], aggregation="max")
+    assert scorer.score([picture(0), picture(1)], several).tolist() == pytest.approx([1, 1], abs=1e-6)
+
+
+def test_a_picture_like_the_reference_scores_above_another(scorer):
+    subject = scorer.enroll([picture(0)])
+    mixed = [Image.blend(picture(0), picture(5), t) for t in (0, 0.1, 0.5, 1)]
+    scores = scorer.score(mixed, subject).tolist()
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_order_of_photos_changes_nothing(scorer, pictures):
+    forth, back = scorer.enroll(pictures[:4]), scorer.enroll(pictures[3::-1])
+    assert back.threshold == pytest.approx(forth.threshold, abs=1e-6)
+    assert torch.allclose(scorer.score(pictures, forth), scorer.score(pictures, back), atol=1e-6)
+
+
+def test_each_score_is_its_pictures_own(scorer, pictures):
+    subject = scorer.enroll(pictures[:3])
+    expected = scorer.score(pictures, subject)
+    assert torch.allclose(scorer.score(pictures[::-1], subject), expected.flip(0), atol=1e-6)
+    assert torch.allclose(torch.cat([scorer.score(p, subject) for p in pictures]), expected, atol=1e-5)
+
+
+def test_calibration_sets_threshold_and_aggregation(tiny_nearid_dir, pictures):
+    calibration = Calibration(0.625, 0.05, 0.1, 100, 200, "max")
+    model = NearIDModel.from_pretrained(tiny_nearid_dir)
+    scorer = IdentityScorer(model, 32, (0.5,) * 3, (0.5,) * 3, calibration)
+    subject = scorer.enroll(pictures[:3])
+    assert (subject.threshold, subject.aggregation) == (0.625, "max")
+    other = scorer.enroll(pictures[:3], aggregation="mean")
+    assert other.threshold == uncalibrated_threshold(other.embeddings) and other.aggregation == "mean"
+
+
+def test_subject_round_trip(scorer, pictures, tmp_path):
+    subject = scorer.enroll(pictures[:3], aggregation="centroid")
+    subject.save(tmp_path / "me.safetensors")
+    again = Subject.load(tmp_path / "me.safetensors")
+    assert torch.equal(again.embeddings, subject.embeddings)
+    assert (again.threshold, again.aggregation) == (subject.threshold, "centroid")
+    assert [path.name for path in tmp_path.iterdir()] == ["me.safetensors"]
+
+
+def test_files_that_are_no_subject_are_refused(tiny_nearid_dir, tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        Subject.load(tmp_path / "none.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello")
+    for path in (tmp_path / "text.safetensors", tiny_nearid_dir / "model.safetensors"):
+        with pytest.raises(InputError, match="not a saved subject"):
+            Subject.load(path)
+
+
+def test_subjects_that_cannot_be_are_refused(scorer, pictures):
+    with pytest.raises(ValueError, match="at least one row"):
+        Subject(torch.zeros(0, 8), 0.5)
+    with pytest.raises(ValueError, match="mean, max, centroid"):
+        scorer.enroll(pictures, aggregation="median")
+    with pytest.raises(InputError, match="enroll the photos again"):
+        scorer.score(pictures, Subject(unit(2, 8), 0.5))
+
+
+# --- ranking
+
+
+def test_ranking_is_best_first_and_splits_at_the_threshold(scorer, pictures):
+    subject = scorer.enroll(pictures[2])
+    scores = scorer.score(pictures, subject)
+    middle = float(scores.median())
+    ranking = scorer.rank(pictures, Subject(subject.embeddings, middle))
+    assert [entry.index for entry in ranking] == scores.argsort(descending=True).tolist()
+    assert ranking.entries[0].index == 2 and len(ranking) == 7
+    assert [entry.index for entry in ranking.accepted] == [e.index for e in ranking if e.score >= middle]
+    assert ranking.accepted + ranking.rejected == ranking.entries and len(ranking.accepted) == 4
+    assert all(entry.reason == "" for entry in ranking.accepted)
+    assert all(f"below threshold {middle:.3f}" in entry.reason for entry in ranking.rejected)
+
+
+# --- loading
+
+
+def test_preprocessing_comes_from_the_folder(tiny_nearid_dir, scorer, tmp_path, pictures):
+    assert (scorer.image_size, scorer.image_mean, scorer.image_std) == (32, (0.5,) * 3, (0.5,) * 3)
+    NearIDModel.from_pretrained(tiny_nearid_dir).save_pretrained(tmp_path)
+    assert torch.equal(IdentityScorer.from_pretrained(tmp_path).embed(pictures), scorer.embed(pictures))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"size": {"height": 32, "width": 32}, "image_mean": [0.1] * 3, "image_std": [0.9] * 3})
+    )
+    other = IdentityScorer.from_pretrained(str(tmp_path))
+    assert (other.image_mean, other.image_std) == ((0.1,) * 3, (0.9,) * 3)
+    assert not torch.allclose(other.embed(pictures), scorer.embed(pictures), atol=1e-3)
+
+
+def test_calibration_file_is_read_and_checked(tiny_nearid_dir, tmp_path):
+    NearIDModel.from_pretrained(tiny_nearid_dir).save_pretrained(tmp_path)
+    calibration = Calibration(0.5, 0.05, 0.1, 100, 200, "centroid")
+    (tmp_path / "calibration.json").write_text(json.dumps(calibration.to_dict()))
+    assert IdentityScorer.from_pretrained(tmp_path).calibration == calibration
+    for content in ("{", "[]", "{}", json.dumps({**calibration.to_dict(), "aggregation": "median"})):
+        (tmp_path / "calibration.json").write_text(content)
+        with pytest.raises(InputError, match=r"calibration\.json") as refused:
+            IdentityScorer.from_pretrained(tmp_path)
+        assert "\n" not in str(refused.value)
+
+
+def test_folder_without_weights_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"lacks model\.safetensors"):
+        IdentityScorer.from_pretrained(tmp_path)
+
+
+def test_scorer_imports_no_pipeline_library():
+    # accelerate is not listed: transformers imports it by itself wherever it is installed.
+    code = "import sys, nearid_personalize.scorer; print({'diffusers', 'peft', 'gradio'} & sys.modules.keys())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
