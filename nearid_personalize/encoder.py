@@ -186,9 +186,15 @@ class Preprocessing:
 
     @classmethod
     def from_folder(cls, folder: str | Path, default_size: int) -> "Preprocessing":
-        """Read `preprocessor_config.json`; without the file, or for what it leaves out, SigLIP's values."""
+        """Read `preprocessor_config.json`; without the file, or for what it leaves out, SigLIP's values.
+
+        Raises InputError when the file is no JSON.
+        """
         path = Path(folder) / "preprocessor_config.json"
-        fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            raise InputError(f"{path}: no JSON ({error}); get the file again, or remove it") from None
         size = fields.get("size", default_size)
         return cls(
             size=size["height"] if isinstance(size, dict) else size,
@@ -213,6 +219,9 @@ class Preprocessing:
         return json.dumps(fields, indent=2) + "\n"
 
 
+_NEEDED = "config.json and model.safetensors"
+
+
 def checkpoint_folder(name_or_folder: str | Path) -> Path:
     """The local folder of a checkpoint: a folder itself, or a Hub id, downloaded unless it is in the cache.
 
@@ -223,15 +232,15 @@ def checkpoint_folder(name_or_folder: str | Path) -> Path:
         if folder.is_absolute() or str(name_or_folder).startswith(".") or str(name_or_folder).count("/") != 1:
             raise InputError(f"{name_or_folder}: no such folder; give a folder with {_NEEDED}, or a Hub id owner/name")
         folder = _download(str(name_or_folder))
-    missing = [name for name in ("config.json",) if not (folder / name).is_file()]
-    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-        missing.append("model.safetensors")
+    # Large models are split; their index then stands where the one file would.
+    needed = {
+        "config.json": ["config.json"],
+        "model.safetensors": ["model.safetensors", "model.safetensors.index.json"],
+    }
+    missing = [name for name, files in needed.items() if not any((folder / file).is_file() for file in files)]
     if missing:
         raise InputError(f"{name_or_folder}: lacks {' and '.join(missing)}; a model folder holds {_NEEDED}")
     return folder
-
-
-_NEEDED = "config.json and model.safetensors"
 
 
 def load_encoder(
@@ -270,11 +279,8 @@ def _download(repository: str) -> Path:
         # Weights as safetensors only, and no code: what is not asked for cannot be loaded.
         return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (
-            "not on the Hub, or not open to you"
-            if isinstance(error, RepositoryNotFoundError)
-            else "the Hub cannot be reached"
-        )
+        absent = isinstance(error, RepositoryNotFoundError)
+        reason = "not on the Hub, or not open to you" if absent else "the Hub cannot be reached"
         raise InputError(
             f"{repository}: {reason}; run `hf download {repository}` where there is a network, or give a folder "
             "(the built-in `miniworld` is only for the toy world)"

@@ -227,6 +227,9 @@ def test_preprocessing_reads_what_it_and_transformers_write(tmp_path):
 
 def test_preprocessing_defaults_to_siglips(tmp_path):
     assert Preprocessing.from_folder(tmp_path, default_size=384) == Preprocessing(384, (0.5,) * 3, (0.5,) * 3)
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"preprocessor_config\.json: no JSON"):
+        Preprocessing.from_folder(tmp_path, default_size=384)
 
 
 def test_trunks_of_either_siglip_layout_load(tmp_path):

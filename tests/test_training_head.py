@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -298,33 +299,49 @@ def test_output_that_is_a_file_is_refused(tmp_path):
 # --- the entry point
 
 
-def run_trainer(*arguments, launcher=()):
-    command = [sys.executable, *launcher, str(TRAINER), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+@pytest.fixture
+def trainer(monkeypatch):
+    """Runs the script's `main` here, with the flags given."""
+    spec = importlib.util.spec_from_file_location("train_head", TRAINER)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "train_head", module)  # where tyro looks for the options' docstrings
+    spec.loader.exec_module(module)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [TRAINER.name, *map(str, arguments)])
+        return module.main()
+
+    return run
 
 
-def test_trainer_shows_its_plan_and_trains_on_the_mini_world(tmp_path):
+def test_trainer_shows_its_plan_and_trains_on_the_mini_world(trainer, tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "trunk")
-    common = ("--trunk", tmp_path / "trunk", "--num-identities", 6, "--num-validation", 3, "--steps", 2)
-    plan = run_trainer(*common, "--output", tmp_path / "out", "--dry-run")
-    assert plan.returncode == 0 and "32 x 32 pixels" in plan.stdout and not (tmp_path / "out").exists()
-    done = run_trainer(*common, "--output", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert "SSR" in done.stdout
+    arguments = ("--trunk", tmp_path / "trunk", "--num-identities", 6, "--num-validation", 3, "--steps", 2)
+    assert trainer(*arguments, "--output", tmp_path / "out", "--dry-run") == 0
+    assert "32 x 32 pixels" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert trainer(*arguments, "--output", tmp_path / "out") == 0
+    assert "SSR" in capsys.readouterr().out
     assert not same(weights(load_encoder(tmp_path / "out")[0]), weights(tiny_model()))
 
 
-def test_trainer_answers_wrong_input_with_one_line(tmp_path):
-    result = run_trainer("--trunk", tmp_path / "none", "--output", tmp_path / "out")
-    assert result.returncode == 2 and not (tmp_path / "out").exists()
-    assert result.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in result.stderr
+@pytest.mark.parametrize(("flag", "value"), [("--trunk", "none"), ("--steps", 0), ("--num-views", 1)])
+def test_trainer_answers_wrong_input_with_one_line(trainer, tmp_path, capsys, flag, value):
+    tiny_model().save_pretrained(tmp_path / "trunk")
+    arguments = {"--trunk": tmp_path / "trunk", "--output": tmp_path / "out", flag: value}
+    assert trainer(*(item for pair in arguments.items() for item in pair)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and (flag in error or str(value) in error)
+    assert not (tmp_path / "out").exists()
 
 
 def test_trainer_refuses_more_than_one_process(tmp_path):
     tiny_model().save_pretrained(tmp_path / "trunk")
-    result = run_trainer(
-        *("--trunk", tmp_path / "trunk", "--output", tmp_path / "out"),
-        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TRAINER))
+    result = subprocess.run(
+        [sys.executable, *launcher, "--trunk", str(tmp_path / "trunk"), "--output", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
     )
     assert result.returncode != 0 and not (tmp_path / "out").exists()
     assert "error: --num_processes 2: the head trains in one process" in result.stderr

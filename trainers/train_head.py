@@ -35,7 +35,8 @@ class Arguments:
     dry_run: bool = False
     """Print the plan and stop."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise InputError for numbers that cannot be. (Raised while parsing, tyro would draw a box around it.)"""
         for flag, value, least in (
             ("--num-identities", self.num_identities, 1),
             ("--num-validation", self.num_validation, 0),
@@ -47,6 +48,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> HeadResult | None:
     """Show the plan, then train."""
+    arguments.check()
     model, preprocessing, _ = load_encoder(arguments.trunk)
     model.freeze_trunk()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
