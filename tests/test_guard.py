@@ -1,5 +1,7 @@
 """IdentityGuard around a tiny real pipeline: the same pictures, an honest account, nothing left behind."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -35,8 +37,6 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def with_threshold(guard: IdentityGuard, threshold: float) -> IdentityGuard:
-    import dataclasses
-
     subject = dataclasses.replace(guard.subject, threshold=threshold)
     return IdentityGuard(guard.pipe, guard.scorer, subject, guard.max_batch_size)
 
@@ -131,8 +131,3 @@ def test_unusable_pipelines_and_batch_sizes_are_refused(guard, pipe):
         IdentityGuard(object(), guard.scorer, guard.subject)
     with pytest.raises(InputError, match="max_batch_size"):
         IdentityGuard(pipe, guard.scorer, guard.subject, max_batch_size=0)
-
-
-def test_a_misspelt_argument_fails(guard):
-    with pytest.raises(TypeError, match="num_inference_step"):
-        guard("sks dog", num_inference_step=1)

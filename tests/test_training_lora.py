@@ -30,7 +30,7 @@ def options(tiny_pipeline_dir: Path, photo_dir: Path, tmp_path: Path) -> LoraOpt
         learning_rate=0.01,
         text_learning_rate=0.01,
         token_learning_rate=0.1,
-        mixed_precision="no",
+        precision="fp32",
     )
 
 
@@ -69,6 +69,13 @@ def test_stock_reload_equals_what_was_trained(base, options, request, monkeypatc
     assert torch.equal(predict(pipe), trained["prediction"])
     assert (predict(pipe) - before).abs().max() > 1e-3
     assert [path.name for path in output.iterdir()] == [WEIGHTS_NAME]
+
+
+def test_half_precision_trains_and_reloads(options, tiny_pipeline_dir):
+    pipe = load_pipe(tiny_pipeline_dir)
+    before = predict(pipe)
+    load_lora(pipe, train_lora(dataclasses.replace(options, precision="bf16")))
+    assert (predict(pipe) - before).abs().max() > 1e-3
 
 
 def test_only_the_tokens_row_changes(options, tiny_pipeline_dir):
@@ -292,7 +299,7 @@ def test_convert_to_diffusers_names_would_lose_layers(options, tiny_pipeline_dir
     names = sorted((name for name in weights if name.startswith("unet.")), key=lambda name: "to_" in name)
     unet = convert_state_dict_to_diffusers({name.removeprefix("unet."): weights[name] for name in names})
     save_file({f"unet.{name}": tensor for name, tensor in unet.items()}, tmp_path / WEIGHTS_NAME)
-    with pytest.raises(InputError, match="reached no layer|does not fit"):
+    with pytest.raises(InputError, match=r"reached no layer|does not fit"):
         load_lora(load_pipe(tiny_pipeline_dir), tmp_path)
 
 

@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -26,7 +27,14 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -96,8 +104,8 @@ class LoraOptions:
     """Picture side in pixels. None: the base model's own."""
     horizontal_flips: bool = False
     """Train on mirrored pictures too; wrong for subjects that are not symmetric."""
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """auto: bf16 where the hardware multiplies it, else fp32."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast. auto: what `accelerate launch --mixed_precision` says, else bf16 where the hardware multiplies it."""
     seed: int = 0
     """Seed of everything random, >= 0."""
     checkpoint_every: int = 0
@@ -191,7 +199,7 @@ class TrainingSet:
 
 
 @torch.no_grad()
-def encode_pictures(vae: nn.Module, pictures: Sequence[Image.Image], size: int) -> Tensor:
+def encode_pictures(vae: AutoencoderKL | AutoencoderTiny, pictures: Sequence[Image.Image], size: int) -> Tensor:
     """Encode centre squares of `size` pixels to scaled latents `[M,C,h,w]` on the CPU, one at a time.
 
     A variational encoder gives its mean. StableDiffusionPipeline decodes `latents / scaling_factor` and knows no
@@ -243,20 +251,23 @@ def build_training_set(pipe: StableDiffusionPipeline, options: LoraOptions) -> T
 class PromptedDenoiser(nn.Module):
     """UNet and text encoder as one module, so that one `prepare` covers both.
 
-    `prompt_input` is token ids `[P,L]` while the text encoder learns, else embeddings `[P,L,D]` made once.
+    `prompt_input` is token ids `[P,L]` while the text encoder learns, else embeddings `[P,L,D]` made once. Autocast is
+    entered here because accelerate's own precision is fixed once for a whole process.
     """
 
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, bf16: bool = False) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
+        self.bf16 = bf16
 
     def forward(self, noisy: Tensor, timesteps: Tensor, prompt_input: Tensor, prompt_index: Tensor) -> Tensor:
-        embeddings = prompt_input if prompt_input.is_floating_point() else self.text_encoder(prompt_input)[0]
-        return self.unet(noisy, timesteps, embeddings[prompt_index]).sample
+        with torch.autocast(noisy.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+            embeddings = prompt_input if prompt_input.is_floating_point() else self.text_encoder(prompt_input)[0]
+            return self.unet(noisy, timesteps, embeddings[prompt_index]).sample
 
 
-def add_adapters(pipe: StableDiffusionPipeline, options: LoraOptions) -> PromptedDenoiser:
+def add_adapters(pipe: StableDiffusionPipeline, options: LoraOptions, bf16: bool = False) -> PromptedDenoiser:
     """Freeze the pipeline's models and put LoRA layers into them."""
     pipe.unet.requires_grad_(False)
     pipe.text_encoder.requires_grad_(False)
@@ -271,7 +282,7 @@ def add_adapters(pipe: StableDiffusionPipeline, options: LoraOptions) -> Prompte
         )
     if options.train_token:
         free_token_row(pipe.text_encoder, pipe.tokenizer, options.token, options.token_init)
-    return PromptedDenoiser(pipe.unet, pipe.text_encoder)
+    return PromptedDenoiser(pipe.unet, pipe.text_encoder, bf16)
 
 
 def token_id(tokenizer: CLIPTokenizer, word: str, flag: str) -> int:
@@ -460,7 +471,7 @@ def load_base(base_model: str) -> StableDiffusionPipeline:
     return pipe
 
 
-def adapter_metadata(model: nn.Module) -> dict:
+def adapter_metadata(model: UNet2DConditionModel | CLIPTextModel) -> dict:
     """Return the adapter's configuration, which carries alpha; without it a reload falls back to alpha = rank."""
     metadata = model.peft_config["default"].to_dict()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in metadata.items()}
@@ -484,13 +495,14 @@ def save_lora(model: PromptedDenoiser, output: Path) -> None:
         os.replace(Path(folder, WEIGHTS_NAME), output / WEIGHTS_NAME)
 
 
-def choose_precision(wanted: str) -> str:
-    """Resolve "auto": bf16 where the hardware multiplies it, else fp32."""
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "no"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
+def chooses_bf16(precision: str, accelerator: Accelerator) -> bool:
+    """Resolve "auto": accelerate's precision when it has one, else bf16 where the hardware multiplies it."""
+    if precision != "auto" or accelerator.mixed_precision != "no":
+        return precision == "bf16"
+    if accelerator.device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def train_lora(options: LoraOptions) -> Path:
@@ -504,9 +516,7 @@ def train_lora(options: LoraOptions) -> Path:
         tempfile.TemporaryFile(dir=options.output).close()
     except OSError as error:
         raise InputError(f"--output {options.output}: {error.strerror}; choose another folder") from error
-    accelerator = Accelerator(
-        mixed_precision=choose_precision(options.mixed_precision), step_scheduler_with_optimizer=False
-    )
+    accelerator = Accelerator(step_scheduler_with_optimizer=False)
     set_seed(options.seed)
 
     pipe = load_base(options.base_model).to(accelerator.device)
@@ -515,9 +525,12 @@ def train_lora(options: LoraOptions) -> Path:
     data = build_training_set(pipe, options)
     prompt_input = prompt_inputs(pipe, data.prompts, as_ids=options.text_rank > 0)
     if accelerator.device.type == "cpu":
-        pipe.unet.set_attn_processor(AttnProcessor())  # SDPA's backward pass is slower there
+        pipe.unet.set_attn_processor(AttnProcessor())  # SDPA's backward pass is never faster there
+    bf16 = chooses_bf16(options.precision, accelerator)
+    if bf16:
+        pipe.unet.to(memory_format=torch.channels_last)  # half-precision convolutions want channels last
 
-    adapted = add_adapters(pipe, options)
+    adapted = add_adapters(pipe, options, bf16)
     del pipe
     optimizer = torch.optim.AdamW(parameter_groups(adapted, options), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, options.steps))
