@@ -3,6 +3,7 @@
 Exit status: 0 done; 2 wrong input, with one line on stderr; 3 done, but nothing was accepted.
 """
 
+import itertools
 import json
 import math
 import os
@@ -61,6 +62,8 @@ class Quickstart:
     """Folder for the references, LoRA, candidates, contact sheet and report.json."""
     subject_index: int = 0
     """Which pet, 0 or more; none of them was seen in training."""
+    category: str | None = None
+    """dog, cat, bear, robot or teapot. Default: the one that subject-index happens to be."""
     prompt: str | None = None
     """What to draw; holds "sks CATEGORY". Default: "a photo of sks CATEGORY in space"."""
     seed: int = 0
@@ -213,17 +216,18 @@ def run(command: Command) -> int:
 
 
 def _one_line(boxed: str) -> str:
-    """The message inside tyro's box: its lines up to the first rule, joined; of missing flags only their names."""
-    lines = []
-    for line in boxed.splitlines():
-        text = line.strip("│ ")
-        if text.startswith("─"):
-            break
-        if line.startswith("│") and text:
-            lines.append(text)
-    if lines and lines[0].startswith("Missing from"):
-        return "missing " + ", ".join(line.split()[0] for line in lines if line.startswith("--"))
-    return re.sub(r"^Error parsing \w+: ", "", " ".join(lines)).rstrip(".")
+    """The message inside tyro's box, below its title and above the next rule; of missing flags only their names."""
+    texts = [line.strip("│ ") for line in boxed.splitlines()]
+    paragraphs = [list(group) for rule, group in itertools.groupby(texts, _is_rule) if not rule]
+    # The title is the box's upper edge, or where stdout cannot hold such an edge, a paragraph of its own.
+    message = paragraphs[0][1:] if boxed.startswith("╭") else paragraphs[1]
+    if message[0].startswith("Missing from"):
+        return "missing " + ", ".join(text.split()[0] for text in message if text.startswith("--"))
+    return re.sub(r"^Error parsing \w+: ", "", " ".join(message)).rstrip(".")
+
+
+def _is_rule(text: str) -> bool:
+    return bool(text) and set(text) <= {"─", "-"}
 
 
 def _quieten_libraries() -> None:
@@ -302,7 +306,7 @@ def run_quickstart(options: Quickstart) -> int:
     """`nearid quickstart`."""
     from nearid_personalize.miniworld import example_references
 
-    references, category, _ = example_references(index=options.subject_index)
+    references, category, _ = example_references(options.subject_index, category=options.category)
     prompt = choose_prompt(options.prompt, category, options.subject_index)
     check_writable(options.out)
     reference_dir = _write_references(references, options.out / "references")

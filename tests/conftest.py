@@ -8,6 +8,7 @@ import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub library is imported: no test may reach for the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: tiny models only lose time waiting for each other
 
 from pathlib import Path
 

@@ -1,0 +1,347 @@
+"""The `nearid` commands end to end on tiny real models, and every wrong input as one line with status 2."""
+
+import json
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import checkered
+from PIL import Image
+
+from nearid_personalize import cli
+from nearid_personalize.errors import InputError
+
+PROMPT = "a photo of sks dog in space"
+
+
+def nearid(*arguments: object) -> int:
+    """Run the command in this process; returns its exit status."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(argument) for argument in arguments])
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def score(photo_dir: Path, tiny_nearid_dir: Path) -> list[object]:
+    """A complete `nearid score`: four photos against themselves."""
+    return ["score", "--references", photo_dir, "--images", photo_dir, "--model", tiny_nearid_dir]
+
+
+@pytest.fixture
+def generate(photo_dir: Path, tiny_nearid_dir: Path, tiny_pipeline_dir: Path, tmp_path: Path) -> list[object]:
+    """A complete, short `nearid generate` into tmp_path/out."""
+    options = ["--references", photo_dir, "--model", tiny_nearid_dir, "--base-model", tiny_pipeline_dir]
+    options += ["--prompt", PROMPT, "--out", tmp_path / "out", "--device", "cpu"]
+    return ["generate", *options, "--steps", 2, "--num-candidates", 3, "--num-images", 2, "--max-batch-size", 2]
+
+
+def assert_one_line(capsys: pytest.CaptureFixture[str], *words: object) -> None:
+    """stderr is one line that holds all `words`; stdout tells of no result."""
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert str(word) in lines[0]
+    assert "accepted" not in captured.out
+
+
+# --- score -----------------------------------------------------------------------------------------------------------
+
+
+def test_score_ranks_the_subject_first_and_writes_nothing_unasked(
+    score: list, photo_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for seed in (40, 41):
+        checkered(seed).save(pictures / f"other-{seed}.png")
+    checkered(0).save(pictures / "own.png")
+    single = tmp_path / "single"
+    single.mkdir()
+    checkered(0).save(single / "reference.png")
+    before = sorted(tmp_path.rglob("*"))
+    score[score.index("--images") + 1] = pictures
+    score[score.index("--references") + 1] = single
+    assert nearid(*score) in (0, 3)
+    assert sorted(tmp_path.rglob("*")) == before
+    lines = capsys.readouterr().out.splitlines()
+    heading = next(index for index, line in enumerate(lines) if line.startswith("rank"))
+    assert lines[heading + 1].split()[:2] == ["1", "own.png"]
+
+
+def test_score_writes_report_and_sheet(score: list, tmp_path: Path):
+    status = nearid(*score, "--out", tmp_path / "a" / "b")
+    report = json.loads((tmp_path / "a" / "b" / "report.json").read_text())
+    assert status == (0 if any(image["status"] == "accepted" for image in report["images"]) else 3)
+    scores = [image["score"] for image in report["images"]]
+    assert scores == sorted(scores, reverse=True)
+    assert {image["image"] for image in report["images"]} == {f"photo-{seed}.png" for seed in range(4)}
+    assert all((image["score"] >= report["threshold"]) == (image["status"] == "accepted") for image in report["images"])
+    with Image.open(tmp_path / "a" / "b" / "contact_sheet.png") as sheet:
+        assert sheet.width > 1000
+
+
+def test_json_is_all_that_stdout_holds(score: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    nearid(*score, "--json", "--out", tmp_path / "out")
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "out" / "report.json").read_text())
+
+
+def test_one_picture_may_be_scored(score: list, photo_dir: Path, capsys: pytest.CaptureFixture[str]):
+    score[score.index("--images") + 1] = photo_dir / "photo-2.png"
+    nearid(*score, "--json")
+    assert [image["image"] for image in json.loads(capsys.readouterr().out)["images"]] == ["photo-2.png"]
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+
+def test_generate_writes_candidates_sheet_and_report(generate: list, tiny_nearid_dir: Path, tmp_path: Path):
+    status = nearid(*generate)
+    out = tmp_path / "out"
+    report = json.loads((out / "report.json").read_text())
+    assert status == (0 if any(c["status"] == "accepted" for c in report["candidates"]) else 3)
+    assert sorted(c["seed"] for c in report["candidates"]) == [0, 1, 2]
+    names = {c["image"] for c in report["candidates"]} | {"contact_sheet.png", "report.json"}
+    assert {path.name for path in out.iterdir()} == names
+    assert report["prompt"] == PROMPT
+    assert report["models"]["scorer"] == str(tiny_nearid_dir)
+    assert report["models"]["lora"] is None
+    assert report["cost"]["denoiser_rows"] == report["cost"]["denoiser_rows_best_of_n"] > 0
+    assert {"load", "generate", "score"} <= set(report["cost"]["seconds"])
+
+
+def test_a_candidate_is_what_the_plain_pipeline_makes_of_its_seed(
+    generate: list, tiny_pipeline_dir: Path, tmp_path: Path
+):
+    import torch
+    from diffusers import DiffusionPipeline
+
+    nearid(*generate, "--seed", 5)
+    pipe = DiffusionPipeline.from_pretrained(tiny_pipeline_dir, use_safetensors=True)
+    for seed in (5, 6, 7):
+        plain = pipe(PROMPT, num_inference_steps=2, generator=torch.Generator().manual_seed(seed)).images[0]
+        with Image.open(tmp_path / "out" / f"candidate-{seed}.png") as image:
+            assert np.abs(np.asarray(image, int) - np.asarray(plain, int)).max() <= 1
+
+
+def test_status_three_when_nothing_is_accepted(
+    generate: list, tmp_path: Path, photo_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    """References that are all one flat picture: noise from an untrained pipeline reaches no threshold of theirs."""
+    for path in photo_dir.iterdir():
+        Image.new("RGB", (32, 32), "white").save(path)
+    assert nearid(*generate, "--json") == 3
+    report = json.loads(capsys.readouterr().out)
+    assert {c["status"] for c in report["candidates"]} == {"rejected"}
+    assert (tmp_path / "out" / "contact_sheet.png").is_file()
+
+
+# --- wrong input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["quickstart", "score", "generate"]),
+        (["paint"], ["paint", "quickstart, score, generate"]),
+        (["score"], ["--references", "--images", "nearid score --help"]),
+        (["score", "--references", "a", "--images", "b", "--modle", "x"], ["--modle"]),
+        (["score", "--references", "a", "--images", "b", "--device", "gpu"], ["--device", "gpu", "cuda"]),
+        (["quickstart", "--num-candidates", "3"], ["--num-candidates 3", "--num-images (4)"]),
+        (["quickstart", "--num-images", "0"], ["--num-images 0", "1 or more"]),
+        (["quickstart", "--subject-index", "-1"], ["--subject-index -1", "0 or more"]),
+        (["quickstart", "--lora-steps", "0"], ["--lora-steps 0"]),
+        (["quickstart", "--seed", "many"], ["--seed", "many"]),
+        (["quickstart", "--steps", "0"], ["--steps 0"]),
+    ],
+)
+def test_unknown_and_contradicting_flags(arguments: list, words: list, capsys: pytest.CaptureFixture[str]):
+    assert nearid(*arguments) == 2
+    assert_one_line(capsys, *words)
+
+
+def test_missing_and_empty_reference_folders(score: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for flag in ("--references", "--images"):
+        wrong = list(score)
+        wrong[wrong.index(flag) + 1] = tmp_path / "nowhere"
+        assert nearid(*wrong) == 2
+        assert_one_line(capsys, tmp_path / "nowhere", "no such folder")
+        empty = tmp_path / flag
+        empty.mkdir()
+        wrong[wrong.index(flag) + 1] = empty
+        assert nearid(*wrong) == 2
+        assert_one_line(capsys, empty, ".png")
+
+
+@pytest.mark.parametrize("kind", ["corrupt", "truncated", "text", "huge"])
+def test_a_bad_picture_among_good_ones_is_named(
+    score: list, photo_dir: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+):
+    bad = photo_dir / "photo-9.jpg"
+    whole = (photo_dir / "photo-0.png").read_bytes()
+    header = b"IHDR" + struct.pack(">II", 20_000, 20_000) + whole[24:29]
+    bad.write_bytes(
+        {
+            "corrupt": whole[:60] + bytes(30) + whole[90:],
+            "truncated": whole[: len(whole) // 2],
+            "text": b"not a picture at all",
+            "huge": whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:],
+        }[kind]
+    )
+    assert nearid(*score, "--out", tmp_path / "out") == 2
+    assert_one_line(capsys, bad)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_unwritable_out_is_found_before_any_model_is_loaded(
+    score: list, generate: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").write_text("in the way")
+    for command in (score, generate):
+        arguments = [*command, "--out", tmp_path / "file" / "out"]
+        for model in ("--model", "--base-model"):
+            if model in arguments:
+                arguments[arguments.index(model) + 1] = tmp_path / "no-model"
+        assert nearid(*arguments) == 2
+        assert_one_line(capsys, "--out", tmp_path / "file" / "out")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_pipeline_folders_without_index_or_weights(
+    generate: list, tiny_pipeline_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    broken = tmp_path / "broken"
+    generate[generate.index("--base-model") + 1] = broken
+    broken.mkdir()
+    assert nearid(*generate) == 2
+    assert_one_line(capsys, "--base-model", broken, "model_index.json")
+
+    shutil.copytree(tiny_pipeline_dir, broken, dirs_exist_ok=True)
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:1000])
+    assert nearid(*generate) == 2
+    assert_one_line(capsys, "--base-model", broken)
+
+    weights.unlink()
+    assert nearid(*generate) == 2
+    assert_one_line(capsys, "--base-model", broken, "unet", ".safetensors")
+
+    (broken / "model_index.json").write_text("{")
+    assert nearid(*generate) == 2
+    assert_one_line(capsys, "--base-model", broken, "model_index.json")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_encoder_folder_without_weights(
+    score: list, generate: list, tiny_nearid_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_nearid_dir, broken)
+    (broken / "model.safetensors").unlink()
+    for command in (score, generate):
+        command[command.index("--model") + 1] = broken
+        assert nearid(*command) == 2
+        assert_one_line(capsys, broken, "model.safetensors")
+
+
+def test_models_that_are_nowhere(score: list, generate: list, capsys: pytest.CaptureFixture[str]):
+    score[score.index("--model") + 1] = "nobody/no-such-encoder"
+    assert nearid(*score) == 2
+    assert_one_line(capsys, "nobody/no-such-encoder", "miniworld")
+    generate[generate.index("--base-model") + 1] = "nobody/no-such-pipeline"
+    assert nearid(*generate) == 2
+    assert_one_line(capsys, "--base-model nobody/no-such-pipeline")
+
+
+def test_a_lora_that_is_missing_or_loads_no_layer(generate: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    import torch
+    from safetensors.torch import save_file
+
+    assert nearid(*generate, "--lora", tmp_path / "nowhere.safetensors") == 2
+    assert_one_line(capsys, tmp_path / "nowhere.safetensors")
+    stranger = tmp_path / "stranger.safetensors"
+    layer = "unet.nowhere.attn1.to_q.lora"
+    save_file({f"{layer}.down.weight": torch.ones(4, 8), f"{layer}.up.weight": torch.ones(8, 4)}, stranger)
+    assert nearid(*generate, "--lora", stranger) == 2
+    assert_one_line(capsys, stranger)
+    assert not list((tmp_path / "out").iterdir())
+
+
+# --- quickstart ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_weights(monkeypatch: pytest.MonkeyPatch, tiny_pipeline_dir: Path, tiny_nearid_dir: Path) -> None:
+    """The quickstart on untrained tiny weights: every step of it runs, in seconds."""
+    from nearid_personalize import miniworld
+
+    folders = {"pipeline": tiny_pipeline_dir, "nearid": tiny_nearid_dir}
+    monkeypatch.setattr(miniworld, "weights_dir", folders.__getitem__)
+
+
+def test_quickstart_does_the_whole_job(tiny_weights: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "out"
+    options = ["--out", out, "--category", "cat", "--lora-steps", 2, "--steps", 2]
+    options += ["--num-candidates", 3, "--num-images", 2, "--json"]
+    assert nearid("quickstart", *options) in (0, 3)
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((out / "report.json").read_text())
+    assert report["prompt"] == "a photo of sks cat in space"
+    assert report["models"] == {"base": "miniworld", "lora": "lora", "scorer": "miniworld"}
+    assert {"train_lora", "load", "generate", "score"} <= set(report["cost"]["seconds"])
+    names = {"references", "lora", "contact_sheet.png", "report.json", *(f"candidate-{seed}.png" for seed in range(3))}
+    assert {path.name for path in out.iterdir()} == names
+    assert len(list((out / "references").iterdir())) == 4
+    assert [path.name for path in (out / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
+
+
+def test_quickstart_refuses_an_unknown_category(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert nearid("quickstart", "--out", tmp_path / "out", "--category", "giraffe") == 2
+    assert_one_line(capsys, "giraffe", "dog", "cat")
+    assert not (tmp_path / "out").exists()
+
+
+def test_quickstart_refuses_an_unwritable_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").touch()
+    assert nearid("quickstart", "--out", tmp_path / "file") == 2
+    assert_one_line(capsys, "--out", tmp_path / "file")
+
+
+def test_the_quickstart_prompt_speaks_of_the_true_category():
+    assert cli.choose_prompt(None, "cat", 0) == "a photo of sks cat in space"
+    assert cli.choose_prompt("a photo of sks cat in a park", "cat", 0) == "a photo of sks cat in a park"
+    for wrong in ("a photo of sks dog in space", "a photo of a cat", "a photo of sks unicorn"):
+        with pytest.raises(InputError, match=r"--prompt .*sks cat"):
+            cli.choose_prompt(wrong, "cat", 0)
+
+
+def test_the_quickstart_does_not_train_on_pictures_it_did_not_make(tmp_path: Path):
+    folder = tmp_path / "references"
+    pictures = [checkered(seed) for seed in range(4)]
+    cli._write_references(pictures, folder)
+    cli._write_references(pictures, folder)
+    assert len(list(folder.iterdir())) == 4
+    checkered(9).save(folder / "mine.png")
+    with pytest.raises(InputError, match=r"--out .*mine\.png"):
+        cli._write_references(pictures, folder)
+
+
+def test_stage_times_add_up():
+    clock = cli.Stopwatch()
+    for _ in range(2):
+        with clock.stage("a"):
+            pass
+    assert list(clock.seconds) == ["a"]
+    assert clock.seconds["a"] >= 0
+
+
+def test_the_table_is_aligned():
+    rows = [("1", "a.png", 0.9, "accepted"), ("10", "longer.png", float("nan"), "stopped")]
+    lines = cli.table(rows).splitlines()
+    assert len({line.index(word) for line, word in zip(lines, ("status", "accepted", "stopped"))}) == 1
