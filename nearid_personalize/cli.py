@@ -41,9 +41,11 @@ if TYPE_CHECKING:
 
     from nearid_personalize.guard import GuardResult
     from nearid_personalize.scorer import IdentityScorer, Subject
+    from nearid_personalize.training.lora import LoraOptions
 
 DONE, WRONG_INPUT, NONE_ACCEPTED = 0, 2, 3
 
+QUICKSTART_LORA_STEPS = 300
 RELEASED_MODEL = "Aleksandar/nearid-siglip2"
 SHEET_LIMIT = 48  # tiles of a score sheet: six rows
 SCORE_CHUNK = 64  # pictures in memory at once
@@ -74,9 +76,9 @@ class Quickstart:
     """Accepted pictures wanted."""
     steps: int = 20
     """Denoising steps."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance. Default: the pipeline's own."""
-    lora_steps: int = 400
+    guidance_scale: float = 3.0
+    """Classifier-free guidance."""
+    lora_steps: int = QUICKSTART_LORA_STEPS
     """LoRA training steps."""
     json: bool = False
     """Print report.json to stdout, and nothing else."""
@@ -317,17 +319,11 @@ def run_quickstart(options: Quickstart) -> int:
     )
     clock = Stopwatch()
     with clock.stage("train_lora"):
-        from nearid_personalize.training.lora import LoraOptions, load_lora, train_lora
+        from nearid_personalize.training.lora import load_lora, train_lora
 
-        lora_options = LoraOptions(
-            base_model="miniworld",
-            references=reference_dir,
-            output=options.out / "lora",
-            prompt=f"a photo of sks {category}",
-            seed=options.seed,
-            steps=options.lora_steps,
+        lora = train_lora(
+            quickstart_lora(reference_dir, options.out / "lora", category, options.lora_steps, options.seed)
         )
-        lora = train_lora(lora_options)
     with clock.stage("load"):
         from nearid_personalize.scorer import IdentityScorer
 
@@ -338,6 +334,29 @@ def run_quickstart(options: Quickstart) -> int:
     result = _guarded(pipe, scorer, references, prompt, options)
     models: dict[str, str | None] = {"base": "miniworld", "lora": "lora", "scorer": "miniworld"}
     return _finish_generation(result, references, models, clock, options.out, options.json)
+
+
+def quickstart_lora(
+    references: Path, output: Path, category: str, steps: int | None = None, seed: int = 0
+) -> "LoraOptions":
+    """The LoRA recipe of the quickstart, chosen on validation subjects of the mini-world.
+
+    The prior pictures show the class in every context: without them the few contexts of the references leak into
+    every picture.
+    """
+    from nearid_personalize.miniworld import CONTEXTS
+    from nearid_personalize.training.lora import LoraOptions
+
+    return LoraOptions(
+        base_model="miniworld",
+        references=references,
+        output=output,
+        prompt=f"a photo of sks {category}",
+        class_prompts=tuple(f"a photo of a {category} in {context}" for context in CONTEXTS),
+        prior_pictures=len(CONTEXTS),
+        steps=steps or QUICKSTART_LORA_STEPS,
+        seed=seed,
+    )
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------

@@ -30,6 +30,10 @@ class Arguments:
     """Validation identities; none of them is a training one."""
     num_views: int = 3
     """Views of each identity, and as many distractors."""
+    min_changes: int = 1
+    """Fewest attributes in which a training distractor differs (validation: 2 to 4): 1 teaches the finest drift."""
+    max_changes: int = 4
+    """Most attributes in which a training distractor differs."""
     data_seed: int = 0
     """Which identities."""
     dry_run: bool = False
@@ -41,6 +45,8 @@ class Arguments:
             ("--num-identities", self.num_identities, 1),
             ("--num-validation", self.num_validation, 0),
             ("--num-views", self.num_views, 2),
+            ("--min-changes", self.min_changes, 1),
+            ("--max-changes", self.max_changes, self.min_changes),
         ):
             if value < least:
                 raise InputError(f"{flag} must be at least {least}, got {value}")
@@ -61,7 +67,8 @@ def run(arguments: Arguments) -> HeadResult | None:
         print(f"{name:18}{value}")
     if arguments.dry_run:
         return None
-    rows = MiniWorldDataset("train", arguments.num_identities, arguments.num_views, arguments.data_seed)
+    changes = (arguments.min_changes, arguments.max_changes)
+    rows = MiniWorldDataset("train", arguments.num_identities, arguments.num_views, arguments.data_seed, changes)
     validation = None
     if arguments.num_validation:
         validation = MiniWorldDataset("val", arguments.num_validation, arguments.num_views, arguments.data_seed)

@@ -28,7 +28,7 @@ class BackboneOptions(LoopOptions):
     """Options of the backbone's training."""
 
     state: Path = Path("runs/backbone")
-    steps: int = 2000
+    steps: int = 1400
     batch_size: int = 64
     learning_rate: float = 1e-3
     warmup: int = 100

@@ -26,7 +26,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from nearid_personalize.miniworld.dataset import picture
 from nearid_personalize.miniworld.scene import CONTEXTS
-from nearid_personalize.miniworld.subjects import CATEGORIES, Pet, allowed_values, caption, sample_pet
+from nearid_personalize.miniworld.subjects import ATTRIBUTES, CATEGORIES, Pet, allowed_values, caption, sample_pet
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,16 @@ class DenoiserOptions(LoopOptions):
     """Options of the denoiser's training."""
 
     state: Path = Path("runs/denoiser")
-    steps: int = 6000
+    steps: int = 4600
     batch_size: int = 32
     learning_rate: float = 1e-3
     pictures: Path = Path("runs/pictures")
     output: Path = Path("runs/pipeline")
     """Pipeline folder; its `vae/`, `tokenizer/` and `text_encoder/` are read, everything is written."""
+    noise_mean: float = 0.5
+    """Mean of the noise level's logit. What a caption decides (shape above all) shows at high noise alone."""
+    noise_std: float = 1.2
+    """Standard deviation of the noise level's logit."""
     mask_weight: float = 3.0
     """Extra loss weight of latents that show the subject."""
     drop: float = 0.06
@@ -134,12 +138,12 @@ def binding_check(vae: AutoencoderTiny, tokenizer: CLIPTokenizer) -> Callable[[T
         clean = vae.encode(pixels).latents * vae.config.scaling_factor
     source = torch.Generator().manual_seed(0)
     noise = torch.randn(clean.shape, generator=source)
-    t = torch.linspace(0.3, 0.9, len(clean))
+    t = torch.linspace(0.5, 0.98, len(clean))
 
     def check(model: TextToImage, step: int) -> str:
         device = next(model.parameters()).device
         results = []
-        for what in ("nothing", "context", "category", "body_color", "pattern", "ears", "accessory", "eye_color"):
+        for what in ("nothing", "context", "category", *ATTRIBUTES):
             texts = swapped_captions([p.pet for p in held_out], [p.context for p in held_out], what)
             ids = tokenize(tokenizer, texts)
             loss = flow_loss(model, *(x.to(device) for x in (clean, masks, ids, noise, t))).mean().item()
@@ -200,7 +204,8 @@ def main(options: DenoiserOptions) -> None:
         clean = torch.from_numpy(latents[indices]).to(device).float() * scale
         masks = 1 + options.mask_weight * F.max_pool2d(pictures.masks(indices, device), 4)
         noise = torch.randn(clean.shape, generator=source, device=device)
-        t = torch.sigmoid(torch.randn(len(clean), generator=source, device=device))
+        level = torch.randn(len(clean), generator=source, device=device)
+        t = torch.sigmoid(options.noise_mean + options.noise_std * level)
         return flow_loss(model, clean, masks, tokenize(tokenizer, texts).to(device), noise, t).mean()
 
     train(model, loss_of, options, exporter(options, vae, tokenizer), binding_check(vae, tokenizer))

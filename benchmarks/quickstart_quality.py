@@ -1,0 +1,178 @@
+"""Does the guard pick pictures of the right subject? `python benchmarks/quickstart_quality.py --out runs/quality`.
+
+For held-out subjects of the mini-world: train the quickstart's LoRA, draw candidates for two prompts, let the judge say
+which attributes each candidate really shows, and compare what is picked by chance, by the frozen backbone, by the
+guard and by the judge itself. All intervals are 95 % bootstrap intervals over subjects.
+"""
+
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from nearid_personalize.cli import quickstart_lora
+from nearid_personalize.guard import IdentityGuard
+from nearid_personalize.images import write_atomically
+from nearid_personalize.metrics import bootstrap_interval
+from nearid_personalize.miniworld import CONTEXTS, photos, sample_pet, weights_dir
+from nearid_personalize.miniworld.judge import judge
+from nearid_personalize.report import candidate_tiles, contact_sheet
+from nearid_personalize.scorer import IdentityScorer
+from nearid_personalize.training.lora import load_lora, train_lora
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    out: Path = Path("runs/quality")
+    """Folder for one JSON file and two contact sheets a subject; finished subjects are not run again."""
+    num_subjects: int = 24
+    first_subject: int = 1000
+    """Index of the first subject of the split; the quickstart shows the ones from 0."""
+    split: str = "test"
+    num_candidates: int = 16
+    steps: int = 20
+    """Denoising steps."""
+    lora_steps: int | None = None
+    """LoRA steps. Default: the quickstart's."""
+    workers: int = 1
+    """Processes; each uses one thread."""
+
+
+def measure_subject(job: tuple[Options, int]) -> None:
+    """Train, draw, score and judge one subject; writes `subject-<index>.json`."""
+    options, index = job
+    path = options.out / f"subject-{index}.json"
+    if path.exists():
+        return
+    torch.set_num_threads(1)
+    pet = sample_pet(options.split, index)  # type: ignore[arg-type]
+    shots = photos(pet, len(CONTEXTS))
+    elsewhere = [(shot, context) for shot, context in shots if context != "space"]
+    references = [Image.fromarray(shot.image) for shot, _ in elsewhere[:4]]
+    contexts = ("space", elsewhere[4][1])  # neither is in a reference
+    scorer, frozen = (IdentityScorer.from_pretrained(weights_dir(name)) for name in ("nearid", "siglip"))
+    subject, frozen_subject = scorer.enroll(references), frozen.enroll(references)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "references"
+        folder.mkdir()
+        for i, reference in enumerate(references):
+            reference.save(folder / f"{i}.png")
+        lora = train_lora(quickstart_lora(folder, Path(scratch) / "lora", pet.category, options.lora_steps))
+        pipe = StableDiffusionPipeline.from_pretrained(weights_dir("pipeline"), use_safetensors=True)
+        load_lora(pipe, lora)
+    trained = time.perf_counter()
+    pipe.set_progress_bar_config(disable=True)
+    guard = IdentityGuard(pipe, scorer, subject, max_batch_size=16)
+    prompts = []
+    for context in contexts:
+        prompt = f"a photo of sks {pet.category} in {context}"
+        result = guard(
+            prompt, num_images=4, num_candidates=options.num_candidates, num_inference_steps=options.steps,
+            guidance_scale=3.0,
+        )  # fmt: skip
+        images = [candidate.image for candidate in result.candidates]
+        verdicts = [judge(image, pet, context) for image in images]  # type: ignore[arg-type]
+        prompts.append(
+            {
+                "prompt": prompt,
+                "scores": [candidate.score for candidate in result.candidates],
+                "frozen_scores": frozen.score(images, frozen_subject).tolist(),  # type: ignore[arg-type]
+                "agreement": [verdict.agreement for verdict in verdicts],
+                "wrong": [verdict.wrong for verdict in verdicts],
+                "accepted": [candidate.status == "accepted" for candidate in result.candidates],
+            }
+        )
+        sheet = contact_sheet(references, candidate_tiles(result), title=prompt, threshold=result.threshold)
+        sheet.save(options.out / f"subject-{index}-{context}.png")
+    record = {
+        "pet": asdict(pet),
+        "prompts": prompts,
+        "lora_seconds": trained - started,
+        "seconds": time.perf_counter() - started,
+    }
+    write_atomically(path, json.dumps(record))
+
+
+ARMS = ("random", "frozen", "guard", "best")
+
+
+def arms_of(prompt: dict) -> tuple[list[float], float, float]:
+    """Judge agreement of each arm's pick `[4]`, and the mean agreement of accepted and of rejected candidates."""
+    agreement = np.array(prompt["agreement"])
+    accepted = np.array(prompt["accepted"])
+    picks = [
+        agreement.mean(),
+        agreement[int(np.argmax(prompt["frozen_scores"]))],
+        agreement[int(np.argmax(prompt["scores"]))],
+        agreement.max(),
+    ]
+    means = [agreement[which].mean() if which.any() else float("nan") for which in (accepted, ~accepted)]
+    return [float(p) for p in picks], float(means[0]), float(means[1])
+
+
+def captured_gain(arms: np.ndarray, arm: str) -> float:
+    """(picked - random) / (best - random), of arm means over rows `[N,4]`."""
+    random, picked, best = (arms[:, ARMS.index(name)].mean() for name in ("random", arm, "best"))
+    return float((picked - random) / (best - random))
+
+
+def interval(rows: np.ndarray, statistic: Callable[[np.ndarray], float]) -> tuple[float, float]:
+    """A 95 % bootstrap interval over subjects of a statistic of rows `[N,4]`; `rows` is `[subjects, prompts, 4]`."""
+    return bootstrap_interval(
+        torch.from_numpy(rows), lambda drawn: float(statistic(drawn.reshape(-1, rows.shape[-1]).numpy()))
+    )
+
+
+def summarise(records: list[dict]) -> dict:
+    """The table the README quotes."""
+    arms = np.array([[arms_of(prompt)[0] for prompt in record["prompts"]] for record in records])  # [S,P,4]
+    flat = arms.reshape(-1, len(ARMS))
+    summary: dict = {"num_subjects": len(records), "num_prompts": len(flat)}
+    for i, name in enumerate(ARMS):
+        summary[f"agreement_{name}"] = [float(flat[:, i].mean()), *interval(arms, lambda rows, i=i: rows[:, i].mean())]
+    for name in ("frozen", "guard"):
+        summary[f"gain_{name}"] = [captured_gain(flat, name), *interval(arms, lambda r, n=name: captured_gain(r, n))]
+    summary["gain_difference"] = [
+        captured_gain(flat, "guard") - captured_gain(flat, "frozen"),
+        *interval(arms, lambda rows: captured_gain(rows, "guard") - captured_gain(rows, "frozen")),
+    ]
+    outcomes = np.array([arms_of(prompt)[1:] for record in records for prompt in record["prompts"]])
+    summary["agreement_accepted"], summary["agreement_rejected"] = (float(x) for x in np.nanmean(outcomes, axis=0))
+    accepted = [sum(p["accepted"]) / len(p["accepted"]) for record in records for p in record["prompts"]]
+    summary["share_accepted"] = float(np.mean(accepted))
+    summary["lora_seconds_median"] = float(np.median([record["lora_seconds"] for record in records]))
+    return summary
+
+
+def main(options: Options) -> None:
+    """Measure what is missing, print the table, write `summary.json`."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    indices = range(options.first_subject, options.first_subject + options.num_subjects)
+    jobs = [(options, index) for index in indices]
+    if options.workers > 1:
+        with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+            pool.map(measure_subject, jobs, chunksize=1)
+    else:
+        for job in jobs:
+            measure_subject(job)
+    records = [json.loads((options.out / f"subject-{index}.json").read_text()) for index in indices]
+    summary = summarise(records)
+    write_atomically(options.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    for name, value in summary.items():
+        print(f"{name:22}", "  ".join(f"{v:.3f}" for v in value) if isinstance(value, list) else value)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
