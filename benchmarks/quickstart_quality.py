@@ -20,12 +20,11 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from nearid_personalize.cli import quickstart_lora
-from nearid_personalize.guard import IdentityGuard
+from nearid_personalize.guard import generate_candidates
 from nearid_personalize.images import write_atomically
 from nearid_personalize.metrics import bootstrap_interval
-from nearid_personalize.miniworld import CONTEXTS, photos, sample_pet, weights_dir
+from nearid_personalize.miniworld import CONTEXTS, Pet, Split, photos, sample_pet, weights_dir
 from nearid_personalize.miniworld.judge import judge
-from nearid_personalize.report import candidate_tiles, contact_sheet
 from nearid_personalize.scorer import IdentityScorer
 from nearid_personalize.training.lora import load_lora, train_lora
 
@@ -35,34 +34,37 @@ class Options:
     """What is measured."""
 
     out: Path = Path("runs/quality")
-    """Folder for one JSON file and two contact sheets a subject; finished subjects are not run again."""
+    """Folder for the drawn and judged candidates; finished subjects are not drawn again, only scored."""
     num_subjects: int = 24
     first_subject: int = 1000
     """Index of the first subject of the split; the quickstart shows the ones from 0."""
-    split: str = "test"
+    split: Split = "test"
     num_candidates: int = 16
     steps: int = 20
     """Denoising steps."""
     lora_steps: int | None = None
     """LoRA steps. Default: the quickstart's."""
+    scorer: str = ""
+    """Folder of a NearID model. Default: the packaged one."""
     workers: int = 1
     """Processes; each uses one thread."""
 
 
-def measure_subject(job: tuple[Options, int]) -> None:
-    """Train, draw, score and judge one subject; writes `subject-<index>.json`."""
+def shots_of(split: Split, index: int) -> tuple[Pet, list[Image.Image], tuple[str, str]]:
+    """A subject, four reference photos of it, and two contexts that are in none of them."""
+    pet = sample_pet(split, index)
+    elsewhere = [(shot, context) for shot, context in photos(pet, len(CONTEXTS)) if context != "space"]
+    return pet, [Image.fromarray(shot.image) for shot, _ in elsewhere[:4]], ("space", elsewhere[4][1])
+
+
+def draw_subject(job: tuple[Options, int]) -> None:
+    """Train, draw and judge one subject; writes `<index>.npz` (pictures) and then `<index>.json`."""
     options, index = job
-    path = options.out / f"subject-{index}.json"
+    path = options.out / f"{index}.json"
     if path.exists():
         return
     torch.set_num_threads(1)
-    pet = sample_pet(options.split, index)  # type: ignore[arg-type]
-    shots = photos(pet, len(CONTEXTS))
-    elsewhere = [(shot, context) for shot, context in shots if context != "space"]
-    references = [Image.fromarray(shot.image) for shot, _ in elsewhere[:4]]
-    contexts = ("space", elsewhere[4][1])  # neither is in a reference
-    scorer, frozen = (IdentityScorer.from_pretrained(weights_dir(name)) for name in ("nearid", "siglip"))
-    subject, frozen_subject = scorer.enroll(references), frozen.enroll(references)
+    pet, references, contexts = shots_of(options.split, index)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "references"
@@ -74,35 +76,37 @@ def measure_subject(job: tuple[Options, int]) -> None:
         load_lora(pipe, lora)
     trained = time.perf_counter()
     pipe.set_progress_bar_config(disable=True)
-    guard = IdentityGuard(pipe, scorer, subject, max_batch_size=16)
-    prompts = []
+    arguments = {"num_inference_steps": options.steps, "guidance_scale": 3.0}
+    pictures, prompts = [], []
     for context in contexts:
         prompt = f"a photo of sks {pet.category} in {context}"
-        result = guard(
-            prompt, num_images=4, num_candidates=options.num_candidates, num_inference_steps=options.steps,
-            guidance_scale=3.0,
-        )  # fmt: skip
-        images = [candidate.image for candidate in result.candidates]
-        verdicts = [judge(image, pet, context) for image in images]  # type: ignore[arg-type]
+        images = generate_candidates(pipe, prompt, range(options.num_candidates), 16, arguments)
+        verdicts = [judge(image, pet, context) for image in images]
+        pictures.append(np.stack([np.asarray(image) for image in images]))
         prompts.append(
             {
                 "prompt": prompt,
-                "scores": [candidate.score for candidate in result.candidates],
-                "frozen_scores": frozen.score(images, frozen_subject).tolist(),  # type: ignore[arg-type]
                 "agreement": [verdict.agreement for verdict in verdicts],
                 "wrong": [verdict.wrong for verdict in verdicts],
-                "accepted": [candidate.status == "accepted" for candidate in result.candidates],
             }
         )
-        sheet = contact_sheet(references, candidate_tiles(result), title=prompt, threshold=result.threshold)
-        sheet.save(options.out / f"subject-{index}-{context}.png")
-    record = {
-        "pet": asdict(pet),
-        "prompts": prompts,
-        "lora_seconds": trained - started,
-        "seconds": time.perf_counter() - started,
-    }
-    write_atomically(path, json.dumps(record))
+    seconds = {"lora": trained - started, "all": time.perf_counter() - started}
+    np.savez_compressed(options.out / f"{index}.npz", pictures=np.stack(pictures))
+    write_atomically(path, json.dumps({"pet": asdict(pet), "prompts": prompts, "seconds": seconds}))
+
+
+def score_subject(options: Options, index: int, scorer: IdentityScorer, frozen: IdentityScorer) -> tuple[dict, float]:
+    """The record of a drawn subject with both encoders' scores and the guard's verdicts; LoRA seconds."""
+    record = json.loads((options.out / f"{index}.json").read_text())
+    pictures = np.load(options.out / f"{index}.npz")["pictures"]
+    _, references, _ = shots_of(options.split, index)
+    subject, frozen_subject = scorer.enroll(references), frozen.enroll(references)
+    for prompt, candidates in zip(record["prompts"], pictures, strict=True):
+        images = [Image.fromarray(candidate) for candidate in candidates]
+        prompt["scores"] = scorer.score(images, subject).tolist()
+        prompt["frozen_scores"] = frozen.score(images, frozen_subject).tolist()
+        prompt["accepted"] = [score >= subject.threshold for score in prompt["scores"]]
+    return record, record["seconds"]["lora"]
 
 
 ARMS = ("random", "frozen", "guard", "best")
@@ -152,23 +156,25 @@ def summarise(records: list[dict]) -> dict:
     summary["agreement_accepted"], summary["agreement_rejected"] = (float(x) for x in np.nanmean(outcomes, axis=0))
     accepted = [sum(p["accepted"]) / len(p["accepted"]) for record in records for p in record["prompts"]]
     summary["share_accepted"] = float(np.mean(accepted))
-    summary["lora_seconds_median"] = float(np.median([record["lora_seconds"] for record in records]))
     return summary
 
 
 def main(options: Options) -> None:
-    """Measure what is missing, print the table, write `summary.json`."""
+    """Draw what is missing, score everything, print the table, write `summary.json`."""
     options.out.mkdir(parents=True, exist_ok=True)
     indices = range(options.first_subject, options.first_subject + options.num_subjects)
     jobs = [(options, index) for index in indices]
     if options.workers > 1:
         with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
-            pool.map(measure_subject, jobs, chunksize=1)
+            pool.map(draw_subject, jobs, chunksize=1)
     else:
         for job in jobs:
-            measure_subject(job)
-    records = [json.loads((options.out / f"subject-{index}.json").read_text()) for index in indices]
-    summary = summarise(records)
+            draw_subject(job)
+    scorer = IdentityScorer.from_pretrained(options.scorer or weights_dir("nearid"))
+    frozen = IdentityScorer.from_pretrained(weights_dir("siglip"))
+    scored = [score_subject(options, index, scorer, frozen) for index in indices]
+    summary = summarise([record for record, _ in scored])
+    summary["lora_seconds_median"] = float(np.median([seconds for _, seconds in scored]))
     write_atomically(options.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     for name, value in summary.items():
         print(f"{name:22}", "  ".join(f"{v:.3f}" for v in value) if isinstance(value, list) else value)

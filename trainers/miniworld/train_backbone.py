@@ -1,8 +1,9 @@
 """Train the mini-world's SigLIP-style backbone on captions: `accelerate launch trainers/miniworld/train_backbone.py`.
 
-Image-to-caption contrast entangles the subject with its context, as it does in CLIP and SigLIP: a picture's context
-is in its caption, so the pooled embedding must carry it. A caption decoder that reads the patch tokens, thrown away
-afterwards, gives every word of every caption a gradient of its own (CoCa, Yu et al., arXiv 2205.01917).
+Contrast with terse captions ("a photo of a red dog with a hat in space"), such as the web's, entangles the subject
+with its context, as it does in CLIP and SigLIP: the pooled embedding must carry where a picture was taken and needs
+little of who is in it. What the patch tokens know comes from a caption decoder that reads them and writes the full
+caption (CoCa, Yu et al., arXiv 2205.01917); the decoder is thrown away afterwards.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ class BackboneOptions(LoopOptions):
     """Options of the backbone's training."""
 
     state: Path = Path("runs/backbone")
-    steps: int = 1400
+    steps: int = 2300
     batch_size: int = 64
     learning_rate: float = 1e-3
     warmup: int = 100
@@ -36,6 +37,8 @@ class BackboneOptions(LoopOptions):
     ema: float = 0.99
     save_every: int = 250
     pictures: Path = Path("runs/pictures_wide")
+    terse_drop: float = 0.7
+    """Probability of leaving an attribute out of the captions that are contrasted."""
     tokenizer: Path = Path("runs/pipeline/tokenizer")
     output: Path = Path("runs/siglip")
 
@@ -78,19 +81,19 @@ class Captioner(nn.Module):
         layer = nn.TransformerDecoderLayer(width, 6, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
         self.decoder = nn.TransformerDecoder(layer, 2, nn.LayerNorm(width))
 
-    def forward(self, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Contrast plus next-word loss of pictures `[B,3,64,64]` and their captions `[B,L]`: a scalar."""
-        output = self.siglip(input_ids=ids, pixel_values=pixels)
+    def forward(self, pixels: torch.Tensor, terse: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+        """Contrast of pictures `[B,3,64,64]` and terse captions `[B,L]` plus next-word loss of full ones `[B,L]`."""
+        output = self.siglip(input_ids=terse, pixel_values=pixels)
         image, text = (F.normalize(x.float(), dim=-1) for x in (output.image_embeds, output.text_embeds))
         logits = image @ text.T * self.siglip.logit_scale.exp().clamp(max=100)
         labels = torch.arange(len(logits), device=logits.device)
         contrast = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
         tokens = output.vision_model_output.last_hidden_state  # [B,64,D]
-        inputs, targets = ids[:, :-1], ids[:, 1:].clone()
+        inputs, targets = full[:, :-1], full[:, 1:].clone()
         end = self.siglip.config.text_config.eos_token_id
         targets[inputs == end] = -100  # padding repeats the end token: only its first occurrence counts
         length = inputs.shape[1]
-        causal = torch.full((length, length), -torch.inf, device=ids.device).triu(1)
+        causal = torch.full((length, length), -torch.inf, device=full.device).triu(1)
         hidden = self.decoder(self.words(inputs) + self.positions[:length], tokens, tgt_mask=causal)
         words = hidden @ self.words.weight.T  # [B,L-1,vocabulary]
         return contrast + F.cross_entropy(words.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
@@ -123,8 +126,11 @@ def main(options: BackboneOptions) -> None:
         device = next(model.parameters()).device
         numbers, _ = rng_of(options, step, device)
         indices = np.sort(numbers.integers(0, len(pictures), options.batch_size))
-        texts = [training_caption(int(i), step, 0.1, 0.0, 0.0) for i in indices]
-        return model(pictures.pixels(indices, device), tokenize(tokenizer, texts).to(device))
+        terse, full = (
+            tokenize(tokenizer, [training_caption(int(i), step, drop, 0.0, 0.0) for i in indices]).to(device)
+            for drop in (options.terse_drop, 0.0)
+        )
+        return model(pictures.pixels(indices, device), terse, full)
 
     def export(model: nn.Module) -> None:
         model.siglip.save_pretrained(options.output)
