@@ -115,7 +115,8 @@ def _error(pixels: Array, pet: Pet, context: str, scene: Array, pose: _Pose) -> 
     """Mean squared, capped difference between the picture and a rendering."""
     color, inside = _sprite(pet, pose.yaw, context)
     if pose.dx or pose.dy:
-        color, inside = (np.roll(array, (pose.dy, pose.dx), (0, 1)) for array in (color, inside))
+        shift = (pose.dy, pose.dx)
+        color, inside = np.roll(color, shift, (0, 1)), np.roll(inside, shift, (0, 1))
     return float(_capped(downsample(np.where(inside[:, :, None], color, scene)) - pixels))
 
 
