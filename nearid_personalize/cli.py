@@ -318,6 +318,11 @@ def run_quickstart(options: Quickstart) -> int:
         f" best {options.num_images} of {options.num_candidates} candidates of {prompt!r}",
     )
     clock = Stopwatch()
+    device = choose_device("auto")
+    with clock.stage("load"):
+        from nearid_personalize.scorer import IdentityScorer
+
+        scorer = IdentityScorer.from_pretrained("miniworld", device=device)
     with clock.stage("train_lora"):
         from nearid_personalize.training.lora import load_lora, train_lora
 
@@ -325,10 +330,6 @@ def run_quickstart(options: Quickstart) -> int:
             quickstart_lora(reference_dir, options.out / "lora", category, options.lora_steps, options.seed)
         )
     with clock.stage("load"):
-        from nearid_personalize.scorer import IdentityScorer
-
-        device = choose_device("auto")
-        scorer = IdentityScorer.from_pretrained("miniworld", device=device)
         pipe = load_pipeline("miniworld", device, torch.float32)
         load_lora(pipe, lora)
     result = _guarded(pipe, scorer, references, prompt, options)
