@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 DONE, WRONG_INPUT, NONE_ACCEPTED = 0, 2, 3
 
-QUICKSTART_LORA_STEPS = 300
+QUICKSTART_LORA_STEPS = 50  # enough for some candidates to be the pet and some to drift; 200 leave little to reject
 RELEASED_MODEL = "Aleksandar/nearid-siglip2"
 SHEET_LIMIT = 48  # tiles of a score sheet: six rows
 SCORE_CHUNK = 64  # pictures in memory at once
@@ -340,12 +340,7 @@ def run_quickstart(options: Quickstart) -> int:
 def quickstart_lora(
     references: Path, output: Path, category: str, steps: int | None = None, seed: int = 0
 ) -> "LoraOptions":
-    """The LoRA recipe of the quickstart, chosen on validation subjects of the mini-world.
-
-    The prior pictures show the class in every context: without them the few contexts of the references leak into
-    every picture.
-    """
-    from nearid_personalize.miniworld import CONTEXTS
+    """The LoRA recipe of the quickstart, chosen on validation subjects of the mini-world."""
     from nearid_personalize.training.lora import LoraOptions
 
     return LoraOptions(
@@ -353,8 +348,7 @@ def quickstart_lora(
         references=references,
         output=output,
         prompt=f"a photo of sks {category}",
-        class_prompts=tuple(f"a photo of a {category} in {context}" for context in CONTEXTS),
-        prior_pictures=len(CONTEXTS),
+        batch_size=4,
         steps=steps or QUICKSTART_LORA_STEPS,
         seed=seed,
     )
