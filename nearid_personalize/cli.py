@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 DONE, WRONG_INPUT, NONE_ACCEPTED = 0, 2, 3
 
-QUICKSTART_LORA_STEPS = 50  # enough for some candidates to be the pet and some to drift; 200 leave little to reject
+QUICKSTART_LORA_STEPS = 120
 RELEASED_MODEL = "Aleksandar/nearid-siglip2"
 SHEET_LIMIT = 48  # tiles of a score sheet: six rows
 SCORE_CHUNK = 64  # pictures in memory at once
