@@ -4,6 +4,7 @@ UNet and autoencoder are stored in half precision, which diffusers reads back as
 transformers keeps the precision of the file.
 """
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import tyro
 from diffusers import StableDiffusionPipeline
 
 import nearid_personalize.miniworld
+from nearid_personalize.images import write_atomically
 
 WEIGHTS = Path(nearid_personalize.miniworld.__file__).parent / "weights"
 
@@ -38,8 +40,16 @@ def main(options: PackageOptions) -> None:
         pipe.unet.half()
         pipe.vae.half()
         pipe.save_pretrained(WEIGHTS / "pipeline")
+    for path in WEIGHTS.rglob("*.json"):  # configurations remember the folder they were loaded from: nobody's business
+        text = path.read_text(encoding="utf-8")
+        if "_name_or_path" in text:
+            write_atomically(path, json.dumps(json.loads(text, object_hook=_without_folder), indent=2) + "\n")
     total = sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file())
     print(f"{WEIGHTS}: {total / 1e6:.1f} MB")
+
+
+def _without_folder(values: dict) -> dict:
+    return {key: value for key, value in values.items() if key != "_name_or_path"}
 
 
 if __name__ == "__main__":
