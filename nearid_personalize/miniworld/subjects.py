@@ -48,8 +48,8 @@ class Pet:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value not in _ALL_VALUES[field.name]:
-                allowed = ", ".join(_ALL_VALUES[field.name])
+            if value not in VALUES[field.name]:
+                allowed = ", ".join(VALUES[field.name])
                 raise InputError(f"unknown {field.name} {value!r}; choose one of: {allowed}")
         for field in fields(self):
             if getattr(self, field.name) not in allowed_values(self, field.name):
@@ -63,7 +63,7 @@ class Pet:
         return "test" if bucket == 9 else "val" if bucket == 8 else "train"
 
 
-_ALL_VALUES: dict[str, tuple[str, ...]] = {
+VALUES: dict[str, tuple[str, ...]] = {
     "category": CATEGORIES,
     "body_color": BODY_COLORS,
     "second_color": COLORS,
@@ -74,7 +74,7 @@ _ALL_VALUES: dict[str, tuple[str, ...]] = {
     "accessory_color": COLORS,
     "eye_color": EYE_COLORS,
 }
-ATTRIBUTES = tuple(name for name in _ALL_VALUES if name != "category")
+ATTRIBUTES = tuple(name for name in VALUES if name != "category")
 
 # How much of a subject's look an attribute carries; sums to one, so that distances lie in [0, 1].
 ATTRIBUTE_WEIGHTS = {
@@ -96,7 +96,7 @@ def allowed_values(pet: Pet, attribute: str) -> tuple[str, ...]:
         "second_color": (pet.body_color, pet.accessory_color),
         "accessory_color": (pet.body_color, pet.second_color),
     }.get(attribute, ())
-    return tuple(value for value in _ALL_VALUES[attribute] if value not in others)
+    return tuple(value for value in VALUES[attribute] if value not in others)
 
 
 def pick(rng: random.Random, values: Sequence[T]) -> T:

@@ -17,30 +17,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from nearid_personalize.miniworld.dataset import picture_facts
 from nearid_personalize.miniworld.scene import CONTEXTS
-from nearid_personalize.miniworld.subjects import (
-    ACCESSORIES,
-    BODY_COLORS,
-    CATEGORIES,
-    COLORS,
-    EARS,
-    EYE_COLORS,
-    PATTERNS,
-    TAILS,
-    caption,
-)
+from nearid_personalize.miniworld.subjects import VALUES, caption
 
-TARGETS: dict[str, tuple[str, ...]] = {
-    "category": CATEGORIES,
-    "body_color": BODY_COLORS,
-    "second_color": COLORS,
-    "pattern": PATTERNS,
-    "ears": EARS,
-    "tail": TAILS,
-    "accessory": ACCESSORIES,
-    "accessory_color": COLORS,
-    "eye_color": EYE_COLORS,
-    "context": CONTEXTS,
-}
+TARGETS: dict[str, tuple[str, ...]] = {**VALUES, "context": CONTEXTS}
 
 
 @dataclass(frozen=True)
