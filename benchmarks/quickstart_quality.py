@@ -100,7 +100,8 @@ def score_subject(options: Options, index: int, scorer: IdentityScorer, frozen: 
     record = json.loads((options.out / f"{index}.json").read_text())
     pictures = np.load(options.out / f"{index}.npz")["pictures"]
     _, references, _ = shots_of(options.split, index)
-    subject, frozen_subject = scorer.enroll(references), frozen.enroll(references)
+    subject = scorer.enroll(references)
+    frozen_subject = frozen.enroll(references, aggregation=subject.aggregation)  # the same for both: a fair comparison
     for prompt, candidates in zip(record["prompts"], pictures, strict=True):
         images = [Image.fromarray(candidate) for candidate in candidates]
         prompt["scores"] = scorer.score(images, subject).tolist()

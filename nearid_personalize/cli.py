@@ -340,7 +340,7 @@ def run_quickstart(options: Quickstart) -> int:
 def quickstart_lora(
     references: Path, output: Path, category: str, steps: int | None = None, seed: int = 0
 ) -> "LoraOptions":
-    """The LoRA recipe of the quickstart, chosen on validation subjects of the mini-world."""
+    """The LoRA recipe of the quickstart: rates, batch and no prior pictures as one validation subject favoured."""
     from nearid_personalize.training.lora import LoraOptions
 
     return LoraOptions(
