@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from diffusers import AutoencoderTiny
 from tqdm import tqdm
 
 from nearid_personalize.miniworld.dataset import picture
@@ -23,6 +24,10 @@ class PictureOptions:
     wide: bool = False
     """Wide views (for the backbone) instead of the denoiser's modest ones."""
     workers: int = 1
+    autoencoder: Path | None = None
+    """Folder of an `AutoencoderTiny` to pass every picture through, as pictures that a pipeline draws are."""
+    latent_noise: float = 0.1
+    """Standard deviation of noise on those latents."""
 
 
 def _draw(job: tuple[int, bool]) -> tuple[np.ndarray, np.ndarray]:
@@ -42,8 +47,21 @@ def render_pictures(options: PictureOptions) -> None:
         results = pool.imap(_draw, jobs, chunksize=64)
         for index, (image, mask) in enumerate(tqdm(results, total=count, file=sys.stdout, mininterval=10)):
             images[index], masks[index] = image, mask
+    if options.autoencoder:
+        reconstruct(images, AutoencoderTiny.from_pretrained(options.autoencoder).eval(), options.latent_noise)
     for path in partial:
         path.replace(options.output / path.name.replace(".partial", ""))
+
+
+@torch.no_grad()
+def reconstruct(images: np.ndarray, autoencoder: AutoencoderTiny, noise: float) -> None:
+    """Replace uint8 `[N, 64, 64, 3]` by what the autoencoder makes of it."""
+    generator = torch.Generator().manual_seed(0)
+    for start in tqdm(range(0, len(images), 64), file=sys.stdout, mininterval=10):
+        pixels = torch.from_numpy(images[start : start + 64]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        latents = autoencoder.encode(pixels.contiguous(memory_format=torch.channels_last)).latents
+        drawn = autoencoder.decode(latents + noise * torch.randn(latents.shape, generator=generator)).sample
+        images[start : start + 64] = ((drawn.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 class Pictures:
