@@ -3,12 +3,13 @@
 It enforces: same identity > near-identity distractor > random negative.
 
 Shape letters: B batch, P positives per row, K distractors per row, D width. Similarities are cosines divided by the
-temperature; larger = more alike. Tensors in, tensors out: gathering over processes is the caller's affair.
+temperature; larger = more alike. Tensors in, tensors out: over several processes, `gather_rows` the arguments first.
 """
 
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -92,6 +93,42 @@ def two_tier_loss(
     ranking = ranking_tier(to_positives, to_distractors, positive_counted, distractor_valid)
     total = discrimination + alpha * ranking
     return TwoTierLoss(total, discrimination, ranking) if return_tiers else total
+
+
+def info_nce_loss(anchor: Tensor, positives: Tensor, positive_mask: Tensor, temperature: float = 0.07) -> Tensor:
+    """Plain InfoNCE, the paper's baseline without distractors: the first tier alone, over positives alone.
+
+    Shapes and errors as `two_tier_loss`. (InfoNCE with distractors is `two_tier_loss` with alpha=0.)
+    """
+    none = positives[:, :0]
+    return two_tier_loss(anchor, positives, none, positive_mask, positive_mask[:, :0], temperature, alpha=0)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """[B,...] of every process -> [W*B,...] on each, in rank order, with gradients; itself in a single process.
+
+    Every process must hold equally many rows. When each then computes the same loss of all rows, and gradients are
+    averaged over processes as DistributedDataParallel does, the result is the single-process gradient.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return rows
+    return _GatherRows.apply(rows)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        # Every process's loss depends on these rows: their owner gets the sum of what all of them ask for.
+        gradient = gradients[0].contiguous()
+        torch.distributed.all_reduce(gradient)
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return gradient.chunk(world)[rank]
 
 
 def discrimination_tier(

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nearid_personalize.losses import discrimination_tier, ranking_tier, two_tier_loss
+from nearid_personalize.losses import discrimination_tier, gather_rows, info_nce_loss, ranking_tier, two_tier_loss
 
 ANCHORS = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0]], dtype=torch.float64)
 POSITIVES = torch.tensor([[[4, 3, 0, 0], [3, 0, 4, 0]], [[0, 4, 3, 0], [1, 1, 1, 1]]], dtype=torch.float64)
@@ -268,3 +268,31 @@ def test_wrong_shapes_are_named():
             distractor_mask,
             temperature=0,
         )
+
+
+# --- the baseline without distractors
+
+
+def test_info_nce_agrees_with_the_slow_definition():
+    generator = torch.Generator().manual_seed(5)
+    anchor, positives = torch.randn(4, 6, generator=generator), torch.randn(4, 2, 6, generator=generator)
+    mask = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
+    terms = {0: [], 1: []}
+    for b in range(4):
+        logits = {
+            (c, p): float(torch.cosine_similarity(anchor[b], positives[c, p], dim=0)) / 0.2
+            for c in range(4)
+            for p in range(2)
+            if mask[c, p]
+        }
+        total = sum(math.exp(logit) for logit in logits.values())
+        for p in range(2):
+            if mask[b, p]:
+                terms[p].append(-math.log(math.exp(logits[b, p]) / total))
+    expected = sum(sum(values) / len(values) for values in terms.values()) / 2
+    assert info_nce_loss(anchor, positives, mask, 0.2).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gathering_in_a_single_process_changes_nothing():
+    rows = torch.randn(3, 2, requires_grad=True)
+    assert gather_rows(rows) is rows

@@ -1,77 +1,42 @@
 import dataclasses
 import importlib.util
 import json
+import multiprocessing
 import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import Dataset
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+from tiles import PREPROCESSING, Tiles, same, tiny_model, weights
 
-from nearid_personalize import InputError, NearIDModel, metrics
+from nearid_personalize import InputError, metrics
+from nearid_personalize.data.cache import TokenCache, cache_in_memory
 from nearid_personalize.encoder import Preprocessing, load_encoder
 from nearid_personalize.images import preprocess
 from nearid_personalize.training.head import (
     HeadOptions,
+    Pooling,
     anchor_first,
     batch_loss,
     batch_rows,
-    cache_tokens,
-    embed_slots,
     evaluate_retrieval,
+    export,
     identity_similarities,
+    is_finished,
     train_head,
     warmup_cosine,
 )
 
 TRAINER = Path(__file__).parents[1] / "trainers" / "train_head.py"
-PREPROCESSING = Preprocessing(size=32)
-
-
-class Tiles(Dataset):
-    """Identities as a coloured tile on backgrounds of any colour; a distractor is another tile in the same place.
-
-    Every third row has only two views: its last slot is padding, filled with `padding`.
-    """
-
-    def __init__(self, num_rows, seed=0, padding=0.5):
-        self.num_rows, self.seed, self.padding = num_rows, seed, padding
-
-    def __len__(self):
-        return self.num_rows
-
-    def __getitem__(self, index):
-        if not 0 <= index < self.num_rows:
-            raise IndexError(index)
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + index)
-        views = torch.rand(3, 3, 1, 1, generator=generator).expand(-1, -1, 32, 32).clone()
-        distractors = views.clone()
-        colour = torch.rand(3, 1, 1, generator=generator)
-        for v in range(3):
-            views[v, :, 8:24, 8:24] = colour
-            distractors[v, :, 8:24, 8:24] = torch.rand(3, 1, 1, generator=generator)
-        mask = torch.tensor([True, True, index % 3 != 0])
-        views[~mask] = distractors[~mask] = self.padding
-        return {"views": views, "distractors": distractors, "view_mask": mask, "distractor_mask": mask.clone()}
-
-
-def vision_config():
-    return SiglipVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=8,
-    )
-
-
-def tiny_model():
-    torch.manual_seed(0)
-    return NearIDModel.from_vision_model(SiglipVisionModel(vision_config()))
 
 
 def quick_options(output, **changes):
@@ -79,54 +44,8 @@ def quick_options(output, **changes):
     return dataclasses.replace(options, **changes)
 
 
-def weights(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-# --- the cache
-
-
-def test_cache_holds_valid_pictures_only_and_what_the_trunk_says():
-    model, rows = tiny_model(), Tiles(5)
-    cache = cache_tokens(model, rows, PREPROCESSING, rows_per_batch=2)
-    assert cache.tokens.shape == (5 * 6 - 2 * 2, 16, 32)
-    assert sorted(cache.slots[cache.slots >= 0].tolist()) == list(range(26))
-    item = rows[4]
-    with torch.no_grad():
-        pixels = preprocess(item["distractors"], 32, PREPROCESSING.mean, PREPROCESSING.std)
-        expected = model.tokens(pixels)[1]
-    assert torch.allclose(cache.tokens[cache.slots[4, 1, 1]].float(), expected, atol=2e-3)
-
-
-def test_padding_content_and_batching_change_nothing():
-    model = tiny_model()
-    one = cache_tokens(model, Tiles(4, padding=0.5), PREPROCESSING, rows_per_batch=4)
-    other = cache_tokens(model, Tiles(4, padding=float("nan")), PREPROCESSING, rows_per_batch=3)
-    assert torch.equal(one.slots, other.slots)
-    assert torch.allclose(one.tokens.float(), other.tokens.float(), atol=2e-3)
-
-
-def test_cache_on_disk_is_the_cache_in_memory(tmp_path):
-    model, rows = tiny_model(), Tiles(4)
-    memory = cache_tokens(model, rows, PREPROCESSING)
-    disk = cache_tokens(model, rows, PREPROCESSING, file=tmp_path / "tokens")
-    assert torch.equal(memory.tokens, disk.tokens)
-    assert (tmp_path / "tokens").stat().st_size == 4 * 6 * 16 * 32 * 2
-
-
-def test_embedded_slots_are_unit_vectors_and_zero_where_padded():
-    model = tiny_model()
-    cache = cache_tokens(model, Tiles(6), PREPROCESSING)
-    with torch.no_grad():
-        embeddings = embed_slots(model, cache, torch.tensor([3, 1]))
-    assert embeddings.shape == (2, 2, 3, 32)
-    lengths = torch.ones(2, 2, 3)
-    lengths[0, :, 2] = 0
-    assert torch.allclose(embeddings.norm(dim=-1), lengths)
+def tokens_of(rows):
+    return cache_in_memory(tiny_model(), rows, PREPROCESSING)
 
 
 # --- measuring
@@ -144,7 +63,7 @@ def test_retrieval_agrees_with_embedding_each_row_by_itself():
                 for j in range(3):
                     if item["view_mask"][i] and item["view_mask"][j]:
                         views[n, i, j], distractors[n, i, j] = v[i] @ v[j], v[i] @ d[j]
-    ours = identity_similarities(model, cache_tokens(model, rows, PREPROCESSING))
+    ours = identity_similarities(model, cache_in_memory(model, rows, PREPROCESSING))
     for measured, expected in zip(ours, (views, distractors), strict=True):
         assert torch.allclose(measured, expected, atol=1e-3, equal_nan=True)
     result = evaluate_retrieval(model, rows, PREPROCESSING)
@@ -169,12 +88,14 @@ def test_anchors_are_valid_even_and_leave_the_other_slots():
 
 def test_each_epoch_sees_each_row_once_in_an_order_of_its_own():
     options = HeadOptions(Path("unused"), batch_size=4)
-    epochs = [[batch_rows(12, options, 3 * epoch + b).tolist() for b in range(3)] for epoch in range(2)]
+    batches = [[batch_rows(12, options, 3 * epoch + b) for b in range(3)] for epoch in range(2)]
+    epochs = [[rows.tolist() for rows, _ in batch] for batch in batches]
     assert all(sorted(row for batch in epoch for row in batch) == list(range(12)) for epoch in epochs)
+    assert [[variant for _, variant in batch] for batch in batches] == [[0] * 3, [1] * 3]
     assert epochs[0] != epochs[1]
-    assert batch_rows(12, options, 4).tolist() == epochs[1][1]
-    assert batch_rows(12, dataclasses.replace(options, seed=1), 0).tolist() != epochs[0][0]
-    assert sorted(batch_rows(3, options, 7).tolist()) == [0, 1, 2]
+    assert batch_rows(12, options, 4)[0].tolist() == epochs[1][1]
+    assert batch_rows(12, dataclasses.replace(options, seed=1), 0)[0].tolist() != epochs[0][0]
+    assert sorted(batch_rows(3, options, 7)[0].tolist()) == [0, 1, 2]
 
 
 def test_rate_rises_then_falls_to_nothing():
@@ -184,11 +105,11 @@ def test_rate_rises_then_falls_to_nothing():
     assert warmup_cosine(0, 0, 1) == 1
 
 
-def test_loss_depends_on_the_step_only_through_the_anchors():
-    model = tiny_model()
-    cache = cache_tokens(model, Tiles(6), PREPROCESSING)
-    options, rows = HeadOptions(Path("unused")), torch.arange(6)
-    losses = [batch_loss(model, cache, rows, options, step).item() for step in (0, 0, 1)]
+def test_loss_depends_on_the_batch_number_only_through_the_anchors():
+    model, cache, options = tiny_model(), tokens_of(Tiles(6)), HeadOptions(Path("unused"))
+    losses = [
+        batch_loss(model.pool, cache, torch.arange(6), 0, options, number, Accelerator()).item() for number in (0, 0, 1)
+    ]
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -198,25 +119,67 @@ def test_loss_depends_on_the_step_only_through_the_anchors():
 def test_training_teaches_the_head_and_leaves_the_trunk_alone(tmp_path):
     model = tiny_model()
     before = weights(model)
-    result = train_head(
-        HeadOptions(tmp_path, steps=150, batch_size=32, warmup_steps=10, learning_rate=3e-3, evaluate_every=75),
-        model,
-        Tiles(160),
-        PREPROCESSING,
-        Tiles(60, seed=1),
+    options = HeadOptions(
+        tmp_path, steps=150, batch_size=32, warmup_steps=10, learning_rate=3e-3, evaluate_every=75, keep="last"
     )
+    result = train_head(options, model, tokens_of(Tiles(160)), tokens_of(Tiles(60, seed=1)))
     after = weights(model)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("backbone.head.") for name in changed)
-    assert list(result.validation) == [0, 75, 150] and len(result.losses) == 150
+    assert list(result.validation) == [0, 75, 150] and len(result.losses) == 150 and result.kept_step == 150
     assert sum(result.losses[-10:]) < sum(result.losses[:10])
     assert result.validation[150].pa_interval[0] > result.validation[0].pa_interval[1]
     assert result.validation[150].ssr > result.validation[0].ssr
 
 
+def test_the_best_head_is_kept_and_patience_ends_the_run(tmp_path):
+    # A rate that wrecks the head: the untrained one stays the best.
+    options = quick_options(tmp_path, steps=30, learning_rate=5.0, evaluate_every=2, patience=3)
+    model = tiny_model()
+    before = weights(model)
+    result = train_head(options, model, tokens_of(Tiles(24)), tokens_of(Tiles(40, seed=1)))
+    best = max(result.validation, key=lambda step: (result.validation[step].ssr, result.validation[step].pa))
+    assert result.kept_step == best
+    assert list(result.validation)[-1] == best + 6 and len(result.losses) == best + 6
+    if best == 0:
+        assert same(weights(model), before)
+
+
+def test_accumulated_batches_are_contrasted_within_themselves(tmp_path):
+    model, cache = tiny_model(), tokens_of(Tiles(16))
+    options = quick_options(tmp_path, steps=1, gradient_accumulation_steps=2)
+    expected = [
+        batch_loss(model.pool, cache, batch_rows(16, options, n)[0], 0, options, n, Accelerator()).item()
+        for n in (0, 1)
+    ]
+    assert train_head(options, model, cache).losses == [pytest.approx(sum(expected) / 2)]
+
+
+@pytest.mark.parametrize(("change", "objective"), [({"alpha": 0.0}, "two-tier"), ({}, "info-nce")])
+def test_baselines_train(tmp_path, change, objective):
+    cache = tokens_of(Tiles(16))
+    ours = train_head(quick_options(tmp_path), tiny_model(), cache).losses
+    baseline = train_head(quick_options(tmp_path, objective=objective, **change), tiny_model(), cache).losses
+    assert baseline[0] < ours[0]
+
+
+def test_half_precision_trains(tmp_path):
+    losses = {}
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)  # a process keeps its first precision otherwise
+        options = quick_options(tmp_path, mixed_precision=precision)
+        losses[precision] = train_head(options, tiny_model(), tokens_of(Tiles(16))).losses
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert losses["bf16"] == pytest.approx(losses["no"], rel=0.05) and losses["bf16"] != losses["no"]
+
+
 def test_output_is_a_whole_model_and_nothing_else(tmp_path):
     model, preprocessing = tiny_model(), Preprocessing(32, (0.4, 0.5, 0.6), (0.3, 0.3, 0.3))
-    train_head(quick_options(tmp_path / "out", checkpoint_every=2, tokens_on_disk=True), model, Tiles(9), preprocessing)
+    options = quick_options(tmp_path / "out", checkpoint_every=2)
+    result = train_head(options, model, tokens_of(Tiles(9)))
+    assert not is_finished(options)
+    export(options, model, preprocessing, result, {"data": "tiles"})
+    assert is_finished(options)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "config.json",
         "model.safetensors",
@@ -227,49 +190,171 @@ def test_output_is_a_whole_model_and_nothing_else(tmp_path):
     assert read == preprocessing
     assert same(weights(again), weights(model))
     report = json.loads((tmp_path / "out" / "training.json").read_text())
-    assert report["recipe"]["steps"] == 6 and len(report["losses"]) == 6
+    assert report["recipe"]["steps"] == 6 and len(report["losses"]) == 6 and report["data"] == "tiles"
+
+
+def test_losses_and_measurements_are_logged(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = quick_options(tmp_path, tensorboard=True, evaluate_every=3)
+    result = train_head(options, tiny_model(), tokens_of(Tiles(16)), tokens_of(Tiles(9, seed=1)))
+    log = EventAccumulator(str(next((tmp_path / "tensorboard").rglob("events*")).parent)).Reload()
+    assert [event.value for event in log.Scalars("loss")] == pytest.approx(result.losses)
+    assert [event.step for event in log.Scalars("ssr")] == [3, 6]
 
 
 def test_same_seed_same_weights_other_seed_other_weights(tmp_path):
     models = []
     for number, seed in enumerate((3, 3, 4)):
         model = tiny_model()
-        train_head(quick_options(tmp_path / str(number), seed=seed), model, Tiles(20), PREPROCESSING)
+        train_head(quick_options(tmp_path / str(number), seed=seed), model, tokens_of(Tiles(20)))
         models.append(weights(model))
     assert same(models[0], models[1]) and not same(models[0], models[2])
 
 
 def test_resumed_run_ends_in_exactly_the_unbroken_runs_weights(tmp_path):
-    unbroken = tiny_model()
-    options = quick_options(tmp_path, steps=10, checkpoint_every=4, keep_checkpoint=True)
-    whole = train_head(options, unbroken, Tiles(20), PREPROCESSING)
-    # What lies in the folder now is the checkpoint of step 8, as if the run had been killed after it.
+    unbroken, cache, held_out = tiny_model(), tokens_of(Tiles(20)), tokens_of(Tiles(9, seed=1))
+    options = quick_options(tmp_path, steps=10, checkpoint_every=4, evaluate_every=3)
+    whole = train_head(options, unbroken, cache, held_out)
+    # What lies in the folder now are the checkpoints of steps 4 and 8, as if the run had been killed after them.
     resumed = tiny_model()
-    rest = train_head(dataclasses.replace(options, resume=True), resumed, Tiles(20), PREPROCESSING)
-    assert rest.losses == whole.losses[8:]
+    rest = train_head(dataclasses.replace(options, resume=True), resumed, cache, held_out)
+    assert rest.losses == whole.losses and rest.validation == whole.validation and rest.kept_step == whole.kept_step
     assert same(weights(resumed), weights(unbroken))
     with pytest.raises(InputError, match=r"--learning-rate 0\.01: the checkpoint .* --learning-rate 0\.001"):
-        train_head(
-            dataclasses.replace(options, resume=True, learning_rate=1e-2), tiny_model(), Tiles(20), PREPROCESSING
-        )
+        train_head(dataclasses.replace(options, resume=True, learning_rate=1e-2), tiny_model(), cache)
+
+
+def test_old_checkpoints_go(tmp_path):
+    options = quick_options(tmp_path, steps=8, checkpoint_every=2, checkpoints_total_limit=3)
+    train_head(options, tiny_model(), tokens_of(Tiles(9)))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000004",
+        "step-00000006",
+        "step-00000008",
+    ]
+
+
+def run_to_the_end(options, cache, held_out):
+    """A whole run in a process of its own: resume, train, export."""
+    torch.set_num_threads(1)
+    model = tiny_model()
+    export(options, model, PREPROCESSING, train_head(options, model, cache, held_out), {})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_killed_at_any_moment_it_resumes_to_the_same_weights(tmp_path):
+    cache, held_out = tokens_of(Tiles(20)), tokens_of(Tiles(9, seed=1))
+    # A checkpoint at every step: many of the kills fall inside a save.
+    options = quick_options(tmp_path / "killed", steps=40, checkpoint_every=1, evaluate_every=7, resume=True)
+    whole = dataclasses.replace(options, output=tmp_path / "whole", resume=False)
+    fork = multiprocessing.get_context("fork")
+    started = time.monotonic()
+    run = fork.Process(target=run_to_the_end, args=(whole, cache, held_out))
+    run.start()
+    run.join()
+    seconds = time.monotonic() - started
+    assert run.exitcode == 0
+    numbers, kills, partial = random.Random(0), 0, 0
+    while kills < 20:
+        run = fork.Process(target=run_to_the_end, args=(options, cache, held_out))
+        run.start()
+        time.sleep(numbers.random() * seconds / 4)
+        if run.is_alive():
+            os.kill(run.pid, signal.SIGKILL)
+            kills += 1
+        run.join()
+        partial += any((tmp_path / "killed" / "checkpoints").glob(".partial-*"))
+        if is_finished(options):
+            shutil.rmtree(options.output)
+    run = fork.Process(target=run_to_the_end, args=(options, cache, held_out))
+    run.start()
+    run.join()
+    assert run.exitcode == 0
+    ours, theirs = (load_encoder(tmp_path / name)[0] for name in ("killed", "whole"))
+    assert same(weights(ours), weights(theirs))
+    assert partial > 0, "no kill fell inside a save: the test shows nothing about halves"
 
 
 def test_rows_without_a_positive_are_left_out(tmp_path):
-    class Alone(Tiles):
-        def __getitem__(self, index):
-            item = super().__getitem__(index)
-            if index != 1:
-                item["view_mask"] = torch.tensor([True, False, False])
-            return item
-
-    assert cache_tokens(tiny_model(), Alone(4), PREPROCESSING).trainable_rows().tolist() == [1]
-
-    class AllAlone(Alone):
-        def __getitem__(self, index):
-            return super().__getitem__(0) if index < len(self) else super().__getitem__(index)
-
+    slots = torch.full((1, 3, 2, 3), -1)
+    slots[0, 1, :, :2] = torch.arange(4).view(2, 2)
+    slots[0, 0, 0, 0] = 4
+    cache = TokenCache(((torch.randn(5, 16, 32).half(),),), slots)
+    losses = train_head(quick_options(tmp_path, steps=1), tiny_model(), cache).losses
+    alone = TokenCache(cache.shards, slots[:, 1:2])
+    assert losses == train_head(quick_options(tmp_path, steps=1), tiny_model(), alone).losses
     with pytest.raises(InputError, match="no identity has two views"):
-        train_head(quick_options(tmp_path), tiny_model(), AllAlone(3), PREPROCESSING)
+        train_head(quick_options(tmp_path), tiny_model(), TokenCache(cache.shards, slots[:, [0, 2]]))
+
+
+# --- several processes
+
+
+@pytest.fixture
+def in_processes():
+    """Runs a function in so many forked processes of one gloo group."""
+
+    def run(function, arguments, processes):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        debug_launcher(function, arguments, num_processes=processes)
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def write_gradients(path):
+    torch.set_num_threads(1)
+    model = tiny_model().freeze_trunk()
+    accelerator, cache = Accelerator(), tokens_of(Tiles(12))
+    pooling = accelerator.prepare(Pooling(model))
+    for number in range(2):  # accumulated, and with a padded slot in every third row
+        rows = torch.arange(6 * number, 6 * number + 6)
+        loss = batch_loss(pooling, cache, rows, 0, HeadOptions(Path("unused")), number, accelerator)
+        accelerator.backward(loss)
+    if accelerator.is_main_process:
+        save_file({name: p.grad for name, p in model.head.named_parameters()}, path)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_gradients_of_two_processes_are_those_of_one(tmp_path, in_processes):
+    for processes in (1, 2):
+        in_processes(write_gradients, (tmp_path / f"{processes}.safetensors",), processes)
+    one, two = (load_file(tmp_path / f"{processes}.safetensors") for processes in (1, 2))
+    assert one.keys() == two.keys() and max(value.abs().max() for value in one.values()) > 0.01
+    for name, value in one.items():
+        assert torch.allclose(two[name], value, rtol=0, atol=1e-6), name
+
+
+def refuse_the_batch(output):
+    with pytest.raises(InputError, match="--batch-size 7: 2 processes cannot share 7"):
+        train_head(HeadOptions(output, batch_size=7), tiny_model(), tokens_of(Tiles(9)))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, in_processes):
+    in_processes(refuse_the_batch, (tmp_path,), 2)
+
+
+def launch(processes, *arguments):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *arguments)
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path}
+    return subprocess.run([sys.executable, *map(str, launcher)], capture_output=True, text=True, env=environment)
+
+
+def test_two_processes_train_the_head_of_one(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "trunk")
+    flags = ("--trunk", tmp_path / "trunk", "--num-identities", 14, "--num-validation", 3, "--steps", 4)
+    flags += ("--batch-size", 8, "--checkpoint-every", 2)
+    reports = []
+    for processes in (1, 2):
+        result = launch(processes, TRAINER, *flags, "--output", tmp_path / str(processes))
+        assert result.returncode == 0, result.stderr
+        reports.append(json.loads((tmp_path / str(processes) / "training.json").read_text()))
+    assert reports[1]["losses"] == pytest.approx(reports[0]["losses"], abs=1e-4)
+    assert reports[1]["validation"].keys() == reports[0]["validation"].keys()
 
 
 # --- wrong input
@@ -283,6 +368,8 @@ def test_rows_without_a_positive_are_left_out(tmp_path):
         ({"temperature": 0.0}, "--temperature"),
         ({"learning_rate": -1.0}, "--learning-rate"),
         ({"alpha": -0.5}, "--alpha"),
+        ({"gradient_accumulation_steps": 0}, "--gradient-accumulation-steps"),
+        ({"checkpoints_total_limit": 0}, "--checkpoints-total-limit"),
     ],
 )
 def test_impossible_options_name_their_flag(change, flag):
@@ -293,7 +380,7 @@ def test_impossible_options_name_their_flag(change, flag):
 def test_output_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--output"):
-        train_head(quick_options(tmp_path / "file"), tiny_model(), Tiles(4), PREPROCESSING)
+        train_head(quick_options(tmp_path / "file"), tiny_model(), tokens_of(Tiles(4)))
 
 
 # --- the entry point
@@ -319,7 +406,7 @@ def test_trainer_shows_its_plan_and_trains_on_the_mini_world(trainer, tmp_path, 
     arguments = ("--trunk", tmp_path / "trunk", "--num-identities", 6, "--num-validation", 3, "--steps", 2)
     assert trainer(*arguments, "--output", tmp_path / "out", "--dry-run") == 0
     assert "32 x 32 pixels" in capsys.readouterr().out and not (tmp_path / "out").exists()
-    assert trainer(*arguments, "--output", tmp_path / "out") == 0
+    assert trainer(*arguments, "--output", tmp_path / "out", "--keep", "last") == 0
     assert "SSR" in capsys.readouterr().out
     assert not same(weights(load_encoder(tmp_path / "out")[0]), weights(tiny_model()))
 
@@ -332,16 +419,3 @@ def test_trainer_answers_wrong_input_with_one_line(trainer, tmp_path, capsys, fl
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and (flag in error or str(value) in error)
     assert not (tmp_path / "out").exists()
-
-
-def test_trainer_refuses_more_than_one_process(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "trunk")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TRAINER))
-    result = subprocess.run(
-        [sys.executable, *launcher, "--trunk", str(tmp_path / "trunk"), "--output", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-    )
-    assert result.returncode != 0 and not (tmp_path / "out").exists()
-    assert "error: --num_processes 2: the head trains in one process" in result.stderr

@@ -1,34 +1,34 @@
 """Train the identity head on the tokens of a frozen trunk, and measure it.
 
-The trunk runs once over every valid picture; its tokens are kept in half precision and the loop runs the head alone.
-Every random choice is a function of (seed, step), so a resumed run makes exactly the choices of an unbroken one.
+The loop runs the head alone, on tokens that the trunk gave once (`data.cache`) or gives anew. Every random choice is
+a function of (seed, step), so a resumed run makes exactly the choices of an unbroken one, and the batch of a step does
+not depend on how many processes share it.
 
-Shape letters: N identities, M pictures, B batch, V views, T tokens, D width.
+Shape letters: N identities, m pictures, B batch, V views, T tokens, D width.
 """
 
 import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from nearid_personalize import metrics
+from nearid_personalize.data.cache import Rows, TokenCache, TokenSource, cache_in_memory
 from nearid_personalize.encoder import NearIDModel, Preprocessing
 from nearid_personalize.errors import InputError
-from nearid_personalize.images import preprocess, write_atomically
-from nearid_personalize.losses import two_tier_loss
-
-Rows = Dataset[dict[str, Tensor]]
-"""Items: `views`, `distractors` float [V,3,H,W] in [0, 1]; `view_mask`, `distractor_mask` bool [V]."""
+from nearid_personalize.images import write_atomically
+from nearid_personalize.losses import gather_rows, info_nce_loss, two_tier_loss
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,13 @@ class HeadOptions:
     """How the head is trained. Defaults suit a small trunk; the paper's rate at full size is 1e-4."""
 
     output: Path
-    """Folder that receives the model; its `checkpoint` subfolder holds what a resumed run needs."""
+    """Folder that receives the model; its `checkpoints` subfolder holds what a resumed run needs."""
     steps: int = 600
     """Optimizer steps in all."""
     batch_size: int = 128
-    """Identities per step."""
+    """Identities per step, over all processes."""
+    gradient_accumulation_steps: int = 1
+    """Batches whose gradients make one step; each is contrasted within itself."""
     learning_rate: float = 1e-3
     """Peak rate of AdamW, after the warm-up and before the cosine decay to 0."""
     warmup_steps: int = 50
@@ -49,123 +51,50 @@ class HeadOptions:
     """AdamW's, per step and unit of learning rate."""
     max_gradient_norm: float = 1.0
     """Gradients longer than this are shortened to it."""
+    objective: Literal["two-tier", "info-nce"] = "two-tier"
+    """The paper's objective, or plain InfoNCE without distractors for comparison."""
     temperature: float = 0.07
     """Divides the cosines in the loss."""
     alpha: float = 0.5
-    """Weight of the ranking tier."""
+    """Weight of the ranking tier; 0: InfoNCE with distractors."""
     seed: int = 0
     """Decides order, anchors, nothing else: the head starts from the trunk's own."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the head's arithmetic. Default: what `accelerate config` or the launcher says."""
     evaluate_every: int = 100
     """Steps between measurements on the validation rows; 0: only at the end."""
+    keep: Literal["best", "last"] = "best"
+    """Which head is exported: the best by validation SSR (then PA), or the last."""
+    patience: int = 0
+    """Stop after this many measurements without a better one; 0: never."""
     checkpoint_every: int = 0
     """Steps between checkpoints to resume from; 0: none."""
+    checkpoints_total_limit: int = 2
+    """Checkpoints that are kept; the oldest go."""
     resume: bool = False
-    """Go on from `output`/checkpoint; start afresh when there is none."""
-    keep_checkpoint: bool = False
-    """Keep the last checkpoint when training ends."""
-    tokens_on_disk: bool = False
-    """Keep the token cache in a memory-mapped temporary file in `output` instead of RAM."""
-    num_workers: int = 0
-    """Processes that load pictures while the trunk runs; 0: none beside the main one."""
+    """Go on from the newest checkpoint in `output`; start afresh when there is none."""
+    keep_checkpoints: bool = False
+    """Keep the checkpoints when training ends."""
+    tensorboard: bool = False
+    """Log loss, rate and measurements to `output/tensorboard` (needs the package tensorboard)."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "checkpoints_total_limit"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "max_gradient_norm", "temperature"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "alpha", "evaluate_every", "checkpoint_every", "num_workers"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+            self._check(name, getattr(self, name) > 0, "positive")
+        for name in ("warmup_steps", "weight_decay", "alpha", "evaluate_every", "patience", "checkpoint_every"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
 
-    def recipe(self) -> dict[str, float]:
+    def _check(self, name: str, right: bool, wanted: str) -> None:
+        if not right:
+            raise InputError(f"--{name.replace('_', '-')} must be {wanted}, got {getattr(self, name)}")
+
+    def recipe(self) -> dict[str, float | str | None]:
         """The options that decide what is learnt: a run resumes only under the same ones."""
-        bookkeeping = {"output", "evaluate_every", "checkpoint_every", "resume", "keep_checkpoint"}
-        bookkeeping |= {"tokens_on_disk", "num_workers"}
+        bookkeeping = {"output", "evaluate_every", "keep", "patience", "checkpoint_every", "checkpoints_total_limit"}
+        bookkeeping |= {"resume", "keep_checkpoints", "tensorboard"}
         return {name: value for name, value in asdict(self).items() if name not in bookkeeping}
-
-
-# --- the token cache -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TokenCache:
-    """Trunk tokens of every valid picture of a set of rows.
-
-    tokens: float16 [M,T,D]. slots: int64 [N,2,V], the picture in each slot, -1 where it is padding; [:,0] are views,
-    [:,1] the distractors on those views' contexts.
-    """
-
-    tokens: Tensor
-    slots: Tensor
-
-    def __len__(self) -> int:
-        return len(self.slots)
-
-    @property
-    def view_mask(self) -> Tensor:
-        """Bool [N,V]."""
-        return self.slots[:, 0] >= 0
-
-    def trainable_rows(self) -> Tensor:
-        """Int64: the rows with an anchor and at least one positive."""
-        return (self.view_mask.sum(dim=1) >= 2).nonzero()[:, 0]
-
-
-@torch.no_grad()
-def cache_tokens(
-    model: NearIDModel,
-    rows: Rows,
-    preprocessing: Preprocessing,
-    rows_per_batch: int = 16,
-    num_workers: int = 0,
-    file: Path | None = None,
-) -> TokenCache:
-    """Run the trunk once over every valid picture of `rows` (padded slots never), on the model's device.
-
-    The cache lives in RAM, or memory-mapped in `file`: 2 bytes per value, so 24,000 pictures of 64 tokens x 192 take
-    0.6 GB. The caller deletes the file.
-    """
-    loader = DataLoader(rows, batch_size=rows_per_batch, num_workers=num_workers)
-    tokens: Tensor | None = None
-    slots, used = [], 0
-    with tqdm(total=len(loader.dataset), desc="trunk tokens", unit="row") as progress:  # type: ignore[arg-type]
-        for batch in loader:
-            pictures = torch.stack([batch["views"], batch["distractors"]], dim=1)  # [B,2,V,3,H,W]
-            valid = torch.stack([batch["view_mask"], batch["distractor_mask"]], dim=1).bool()  # [B,2,V]
-            pixels = preprocess(pictures[valid], preprocessing.size, preprocessing.mean, preprocessing.std)
-            new = model.tokens(pixels.to(model.device)).half().cpu()  # [m,T,D]
-            if tokens is None:
-                # Room for every slot; pages of slots that turn out to be padding are never touched.
-                capacity = len(rows) * valid[0].numel()  # type: ignore[arg-type]
-                tokens = _half_tensor((capacity, *new.shape[1:]), file)
-            tokens[used : used + len(new)] = new
-            where = torch.full(valid.shape, -1)
-            where[valid] = torch.arange(used, used + len(new))
-            slots.append(where)
-            used += len(new)
-            progress.update(len(valid))
-    if tokens is None:
-        raise InputError("the data set has no rows")
-    return TokenCache(tokens[:used], torch.cat(slots))
-
-
-def _half_tensor(shape: tuple[int, ...], file: Path | None) -> Tensor:
-    if file is None:
-        return torch.empty(shape, dtype=torch.float16)
-    size = torch.Size(shape).numel()
-    return torch.from_file(str(file), shared=True, size=size, dtype=torch.float16).view(shape)
-
-
-def embed_slots(model: NearIDModel, cache: TokenCache, rows: Tensor) -> Tensor:
-    """Pool the pictures of some rows: int64 [B] -> unit embeddings [B,2,V,D], zeros in padded slots."""
-    slots = cache.slots[rows]
-    valid = slots >= 0
-    pooled = model.pool(cache.tokens[slots[valid]].to(model.device))
-    embeddings = pooled.new_zeros(*slots.shape, pooled.shape[-1])
-    embeddings[valid.to(model.device)] = pooled
-    return embeddings
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -190,7 +119,7 @@ def evaluate_retrieval(
     model: NearIDModel, rows: Rows, preprocessing: Preprocessing, num_workers: int = 0, seed: int = 0
 ) -> Retrieval:
     """SSR and PA of a model on rows of pictures; `seed` is the bootstrap's."""
-    return evaluate_tokens(model, cache_tokens(model, rows, preprocessing, num_workers=num_workers), seed)
+    return evaluate_tokens(model, cache_in_memory(model, rows, preprocessing, num_workers=num_workers), seed)
 
 
 def evaluate_tokens(model: NearIDModel, cache: TokenCache, seed: int = 0, num_resamples: int = 2000) -> Retrieval:
@@ -213,12 +142,19 @@ def identity_similarities(model: NearIDModel, cache: TokenCache) -> tuple[Tensor
     views: list[Tensor] = []
     distractors: list[Tensor] = []
     for rows in torch.arange(len(cache)).split(64):
-        embeddings = embed_slots(model, cache, rows).cpu()
-        valid = cache.slots[rows] >= 0
+        tokens, valid = cache.read(rows)
+        embeddings = _into_slots(model.pool(tokens.to(model.device)), valid).cpu()
         for kind, out in ((0, views), (1, distractors)):
             cosine = embeddings[:, 0] @ embeddings[:, kind].transpose(1, 2)  # [B,V,V]
             out.append(cosine.masked_fill(~(valid[:, 0, :, None] & valid[:, kind, None, :]), float("nan")))
     return torch.cat(views), torch.cat(distractors)
+
+
+def _into_slots(embeddings: Tensor, valid: Tensor) -> Tensor:
+    """Embeddings [m,D] of the valid slots of bool [B,2,V] -> [B,2,V,D], zeros elsewhere."""
+    slots = embeddings.new_zeros(*valid.shape, embeddings.shape[-1])
+    slots[valid.to(embeddings.device)] = embeddings
+    return slots
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -226,106 +162,161 @@ def identity_similarities(model: NearIDModel, cache: TokenCache) -> tuple[Tensor
 
 @dataclass(frozen=True)
 class HeadResult:
-    """What training gave: the folder, the loss of every step of this run, and measurements by step (0: untrained)."""
+    """What training gave: every step's loss, measurements by step (0: untrained), and the step of the head kept."""
 
-    output: Path
     losses: list[float]
     validation: dict[int, Retrieval]
+    kept_step: int
+
+
+class Pooling(nn.Module):
+    """The part that is trained, as one module with one forward pass: what several processes keep in step."""
+
+    def __init__(self, model: NearIDModel) -> None:
+        super().__init__()
+        self.head = model.head
+        self.pool = model.pool  # a method, no submodule: the frozen trunk stays out of the processes' exchange
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens [m,T,D] -> unit embeddings [m,D]."""
+        return self.pool(tokens)
 
 
 def train_head(
     options: HeadOptions,
     model: NearIDModel,
-    rows: Rows,
-    preprocessing: Preprocessing,
-    validation_rows: Rows | None = None,
+    source: TokenSource,
+    validation: TokenCache | None = None,
+    accelerator: Accelerator | None = None,
+    on_evaluation: Callable[[int, Retrieval], None] | None = None,
 ) -> HeadResult:
-    """Train `model`'s head in place on `rows` with the two-tier objective and save the whole model to `output`.
+    """Train `model`'s head in place on tokens of its trunk with the two-tier objective.
 
-    `output` receives model.safetensors, config.json, preprocessor_config.json, and training.json (recipe, losses,
-    measurements). Checkpoints are accelerate's own files, pickles among them: resume only from your own folders.
+    Leaves the head to keep in `model` and writes nothing but checkpoints and logs to `output`: `export` does the rest.
+    Checkpoints are accelerate's own files, pickles among them: resume only from your own folders.
 
-    Raises InputError when no row has two views, or a checkpoint was made under another recipe.
+    Raises InputError when no row has two views, the batch cannot be shared out evenly, or a checkpoint was made under
+    another recipe.
     """
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise InputError(f"--num_processes {accelerator.num_processes}: the head trains in one process; launch with 1")
-    _make_folder(options.output)
-    model.freeze_trunk().eval().to(accelerator.device)
-
-    with tempfile.TemporaryDirectory(dir=options.output, prefix=".tokens-") as scratch:
-        file = Path(scratch) / "tokens.fp16" if options.tokens_on_disk else None
-        cache = cache_tokens(model, rows, preprocessing, num_workers=options.num_workers, file=file)
-        validation_cache = None
-        if validation_rows is not None:
-            validation_cache = cache_tokens(model, validation_rows, preprocessing, num_workers=options.num_workers)
-        result = train_on_tokens(options, model, cache, validation_cache, accelerator)
-
-    save_model(model, preprocessing, options.output)
-    write_atomically(options.output / "training.json", json.dumps(_report(options, result), indent=2) + "\n")
-    if not options.keep_checkpoint:
-        shutil.rmtree(options.output / "checkpoint", ignore_errors=True)
-    return result
-
-
-def train_on_tokens(
-    options: HeadOptions,
-    model: NearIDModel,
-    cache: TokenCache,
-    validation_cache: TokenCache | None,
-    accelerator: Accelerator,
-) -> HeadResult:
-    """The loop itself; leaves the trained head in `model`."""
-    trainable = cache.trainable_rows()
+    accelerator = accelerator or accelerator_for(options)
+    trainable = (source.view_mask.sum(dim=1) >= 2).nonzero()[:, 0]
     if len(trainable) == 0:
         raise InputError("no identity has two views: a row needs an anchor and a positive")
+    if min(options.batch_size, len(trainable)) % accelerator.num_processes:
+        raise InputError(
+            f"--batch-size {options.batch_size}: {accelerator.num_processes} processes cannot share "
+            f"{min(options.batch_size, len(trainable))} identities evenly"
+        )
+    make_folder(options.output)
+    model.freeze_trunk().eval().to(accelerator.device)
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
     scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, options.warmup_steps, options.steps))
-    head, optimizer, scheduler = accelerator.prepare(model.head, optimizer, scheduler)
+    pooling, optimizer = accelerator.prepare(Pooling(model), optimizer)
     position = _Position(options.recipe())
-    accelerator.register_for_checkpointing(position)
-    checkpoint = options.output / "checkpoint"
-    if options.resume and checkpoint.is_dir():
-        accelerator.load_state(str(checkpoint))
+    accelerator.register_for_checkpointing(position, scheduler)
+    checkpoints = _Checkpoints(accelerator, options)
+    if options.resume:
+        checkpoints.load_newest()
+    if options.tensorboard:
+        accelerator.init_trackers("head", {k: v for k, v in options.recipe().items() if v is not None})
 
-    losses: list[float] = []
-    validation: dict[int, Retrieval] = {}
-    start = position.step
-    if validation_cache is not None and start == 0:
-        validation[0] = evaluate_tokens(model, validation_cache)
-    with tqdm(total=options.steps, initial=start, desc="head", unit="step") as progress:
-        for step in range(start, options.steps):
-            loss = batch_loss(model, cache, trainable[batch_rows(len(trainable), options, step)], options, step)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(head.parameters(), options.max_gradient_norm)
-            optimizer.step()
+    losses = position.losses
+    if validation is not None and position.step == 0:
+        position.measured(0, evaluate_tokens(model, validation), model)
+    show = accelerator.is_main_process
+    with tqdm(total=options.steps, initial=position.step, desc="head", unit="step", disable=not show) as progress:
+        while position.step < options.steps and not position.out_of_patience(options.patience):
+            step = position.step
+            losses.append(_train_step(options, accelerator, pooling, optimizer, source, trainable, step))
             scheduler.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
             position.step = done = step + 1
             progress.update()
-            progress.set_postfix(_postfix(losses, validation), refresh=False)
-            if validation_cache is not None and _due(done, options.evaluate_every, options.steps):
-                validation[done] = evaluate_tokens(model, validation_cache)
+            progress.set_postfix(_postfix(losses, position.validation), refresh=False)
+            if options.tensorboard:
+                accelerator.log({"loss": losses[-1], "learning_rate": scheduler.get_last_lr()[0]}, step=done)
+            if validation is not None and _due(done, options.evaluate_every, options.steps):
+                measured = evaluate_tokens(model, validation)
+                position.measured(done, measured, model)
+                if options.tensorboard:
+                    accelerator.log({"ssr": measured.ssr, "pa": measured.pa}, step=done)
+                if on_evaluation and show:
+                    on_evaluation(done, measured)
             if options.checkpoint_every and done % options.checkpoint_every == 0:
-                _save_checkpoint(accelerator, checkpoint)
-    return HeadResult(options.output, losses, validation)
+                checkpoints.save(done)
+    kept = position.step
+    if options.keep == "best" and position.best_head:
+        model.head.load_state_dict(position.best_head)
+        kept = position.best_step
+    if options.tensorboard:
+        accelerator.end_training()
+    return HeadResult(losses, position.validation, kept)
 
 
-def batch_loss(model: NearIDModel, cache: TokenCache, rows: Tensor, options: HeadOptions, step: int) -> Tensor:
-    """The two-tier loss of some rows: one valid view of each is the anchor, drawn by (seed, step)."""
-    embeddings = embed_slots(model, cache, rows)  # [B,2,V,D]
-    valid = cache.slots[rows] >= 0  # [B,2,V]
-    order = anchor_first(valid[:, 0], _generator(options.seed, step, "anchors"))  # [B,V]
-    valid_views = valid[:, 0].gather(1, order).to(embeddings.device)
-    order = order[:, :, None].to(embeddings.device)
-    views = embeddings[:, 0].gather(1, order.expand(-1, -1, embeddings.shape[-1]))  # [B,V,D]
+def accelerator_for(options: HeadOptions) -> Accelerator:
+    """The accelerator that a run with these options uses."""
+    return Accelerator(
+        mixed_precision=options.mixed_precision,
+        log_with="tensorboard" if options.tensorboard else None,
+        project_dir=str(options.output / "tensorboard") if options.tensorboard else None,
+    )
+
+
+def _train_step(
+    options: HeadOptions,
+    accelerator: Accelerator,
+    pooling: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    source: TokenSource,
+    trainable: Tensor,
+    step: int,
+) -> float:
+    """One optimizer step; its loss, averaged over accumulated batches."""
+    accumulated = options.gradient_accumulation_steps
+    total = 0.0
+    for part in range(accumulated):
+        number = step * accumulated + part
+        positions, variant = batch_rows(len(trainable), options, number)
+        last = part == accumulated - 1
+        # Gradients cross processes with the last accumulated batch only.
+        with accelerator.autocast(), nullcontext() if last else accelerator.no_sync(pooling):
+            loss = batch_loss(pooling, source, trainable[positions], variant, options, number, accelerator)
+            accelerator.backward(loss / accumulated)
+        total += loss.item() / accumulated
+    accelerator.clip_grad_norm_(pooling.parameters(), options.max_gradient_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def batch_loss(
+    pooling: Callable[[Tensor], Tensor],
+    source: TokenSource,
+    rows: Tensor,
+    variant: int,
+    options: HeadOptions,
+    number: int,
+    accelerator: Accelerator,
+) -> Tensor:
+    """The loss of batch `number`, rows int64 [B]: one valid view of each is the anchor, drawn by (seed, number).
+
+    Each process reads and pools its share of the rows; all of them then see all embeddings, and the same loss.
+    """
+    share = len(rows) // accelerator.num_processes
+    mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    tokens, valid = source.read(rows[mine], variant)
+    embeddings = gather_rows(_into_slots(pooling(tokens.to(accelerator.device)), valid))  # [B,2,V,D]
+    valid = gather_rows(valid.to(accelerator.device).byte()).bool()  # [B,2,V]
+    order = anchor_first(valid[:, 0].cpu(), _generator(options.seed, number, "anchors")).to(valid.device)  # [B,V]
+    valid_views = valid[:, 0].gather(1, order)
+    views = embeddings[:, 0].gather(1, order[:, :, None].expand(-1, -1, embeddings.shape[-1]))  # [B,V,D]
+    if options.objective == "info-nce":
+        return info_nce_loss(views[:, 0], views[:, 1:], valid_views[:, 1:], options.temperature)
     return two_tier_loss(
         anchor=views[:, 0],
         positives=views[:, 1:],
         distractors=embeddings[:, 1],
         positive_mask=valid_views[:, 1:],
-        distractor_mask=valid[:, 1].to(embeddings.device),
+        distractor_mask=valid[:, 1],
         temperature=options.temperature,
         alpha=options.alpha,
     )
@@ -337,12 +328,12 @@ def anchor_first(view_mask: Tensor, generator: torch.Generator) -> Tensor:
     return (anchor + torch.arange(view_mask.shape[1])) % view_mask.shape[1]
 
 
-def batch_rows(num_rows: int, options: HeadOptions, step: int) -> Tensor:
-    """Positions in this step's batch. Each epoch is a seeded order of all rows, cut short to whole batches."""
+def batch_rows(num_rows: int, options: HeadOptions, number: int) -> tuple[Tensor, int]:
+    """Positions in batch `number`, and its epoch: each is a seeded order of all rows, cut short to whole batches."""
     size = min(options.batch_size, num_rows)
-    epoch, batch = divmod(step, num_rows // size)
+    epoch, batch = divmod(number, num_rows // size)
     order = torch.randperm(num_rows, generator=_generator(options.seed, epoch, "order"))
-    return order[batch * size : (batch + 1) * size]
+    return order[batch * size : (batch + 1) * size], epoch
 
 
 def warmup_cosine(step: int, warmup_steps: int, steps: int) -> float:
@@ -351,6 +342,78 @@ def warmup_cosine(step: int, warmup_steps: int, steps: int) -> float:
         return (step + 1) / (warmup_steps + 1)
     progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
     return 0.5 * (1 + float(torch.cos(torch.tensor(min(progress, 1.0) * torch.pi))))
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Position:
+    """How far training is, under which recipe, and the best head so far: the part of a checkpoint that is ours."""
+
+    recipe: dict[str, Any]
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    validation: dict[int, Retrieval] = field(default_factory=dict)
+    best_step: int = 0
+    best_head: dict[str, Tensor] = field(default_factory=dict)
+
+    def measured(self, step: int, retrieval: Retrieval, model: NearIDModel) -> None:
+        """Remember a measurement, and the head when it is the best one."""
+        self.validation[step] = retrieval
+        best = self.validation[self.best_step] if self.best_head else None
+        if best is None or (retrieval.ssr, retrieval.pa) > (best.ssr, best.pa):
+            self.best_step = step
+            self.best_head = {name: value.detach().cpu().clone() for name, value in model.head.state_dict().items()}
+
+    def out_of_patience(self, patience: int) -> bool:
+        """Whether the last `patience` measurements were no better than the best before them."""
+        return patience > 0 and sum(step > self.best_step for step in self.validation) >= patience
+
+    def state_dict(self) -> dict[str, Any]:
+        measured = {step: asdict(retrieval) for step, retrieval in self.validation.items()}
+        return {**vars(self), "validation": measured}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state["recipe"].items():
+            if self.recipe[name] != value:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag} {self.recipe[name]}: the checkpoint to resume was made with {flag} {value}")
+        self.step, self.best_step, self.best_head = state["step"], state["best_step"], state["best_head"]
+        self.losses[:] = state["losses"]
+        self.validation = {step: Retrieval(**measured) for step, measured in state["validation"].items()}
+
+
+class _Checkpoints:
+    """Checkpoints under `output/checkpoints`: each appears under its name when it is complete, never before."""
+
+    def __init__(self, accelerator: Accelerator, options: HeadOptions) -> None:
+        self.accelerator, self.limit = accelerator, options.checkpoints_total_limit
+        self.folder = options.output / "checkpoints"
+
+    def complete(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(self.folder.glob("step-*"))
+
+    def load_newest(self) -> None:
+        if self.complete():
+            self.accelerator.load_state(str(self.complete()[-1]))
+
+    def save(self, step: int) -> None:
+        partial = self.folder / f".partial-{step:08d}"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            final = self.folder / f"step-{step:08d}"
+            if not final.exists():
+                os.replace(partial, final)
+            for old in self.complete()[: -self.limit]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
 
 
 def save_model(model: NearIDModel, preprocessing: Preprocessing, folder: Path) -> None:
@@ -364,33 +427,33 @@ def save_model(model: NearIDModel, preprocessing: Preprocessing, folder: Path) -
     write_atomically(folder / "preprocessor_config.json", preprocessing.to_json())
 
 
-class _Position:
-    """How far training is, and under which recipe: the part of a checkpoint that is ours."""
+def export(
+    options: HeadOptions, model: NearIDModel, preprocessing: Preprocessing, result: HeadResult, facts: dict[str, Any]
+) -> None:
+    """Write the model and training.json (recipe, losses, measurements, `facts`) to `output`; drop the checkpoints.
 
-    def __init__(self, recipe: dict[str, float]) -> None:
-        self.recipe, self.step = recipe, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"recipe": self.recipe, "step": self.step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state["recipe"].items():
-            if self.recipe[name] != value:
-                flag = f"--{name.replace('_', '-')}"
-                raise InputError(f"{flag} {self.recipe[name]}: the checkpoint to resume was made with {flag} {value}")
-        self.step = state["step"]
-
-
-def _save_checkpoint(accelerator: Accelerator, folder: Path) -> None:
-    """Replace the checkpoint by one that is complete."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".checkpoint-") as scratch:
-        accelerator.save_state(str(Path(scratch) / "new"))
-        if folder.is_dir():
-            os.replace(folder, Path(scratch) / "old")
-        os.replace(Path(scratch) / "new", folder)
+    training.json comes last: where it is, the run is finished.
+    """
+    save_model(model, preprocessing, options.output)
+    report = {
+        **facts,
+        "recipe": options.recipe(),
+        "kept_step": result.kept_step,
+        "losses": [round(loss, 6) for loss in result.losses],
+        "validation": {str(step): asdict(retrieval) for step, retrieval in result.validation.items()},
+    }
+    write_atomically(options.output / "training.json", json.dumps(report, indent=2) + "\n")
+    if not options.keep_checkpoints:
+        shutil.rmtree(options.output / "checkpoints", ignore_errors=True)
 
 
-def _make_folder(folder: Path) -> None:
+def is_finished(options: HeadOptions) -> bool:
+    """Whether a run with these options has been exported to `output` already."""
+    return (options.output / "training.json").is_file()
+
+
+def make_folder(folder: Path) -> None:
+    """Make the output folder. Raises InputError when it cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -413,11 +476,3 @@ def _postfix(losses: list[float], validation: dict[int, Retrieval]) -> dict[str,
     if validation:
         shown["SSR"] = f"{next(reversed(validation.values())).ssr:.3f}"
     return shown
-
-
-def _report(options: HeadOptions, result: HeadResult) -> dict[str, Any]:
-    return {
-        "recipe": options.recipe(),
-        "losses": [round(loss, 6) for loss in result.losses],
-        "validation": {str(step): asdict(retrieval) for step, retrieval in result.validation.items()},
-    }

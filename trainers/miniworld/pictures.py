@@ -1,5 +1,6 @@
 """Render the training pictures once: `python trainers/miniworld/pictures.py --output FOLDER`."""
 
+import json
 import multiprocessing
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import tyro
 from diffusers import AutoencoderTiny
 from tqdm import tqdm
 
+from nearid_personalize.errors import InputError
+from nearid_personalize.images import write_atomically
 from nearid_personalize.miniworld.dataset import picture
 
 
@@ -49,6 +52,7 @@ def render_pictures(options: PictureOptions) -> None:
             images[index], masks[index] = image, mask
     if options.autoencoder:
         reconstruct(images, AutoencoderTiny.from_pretrained(options.autoencoder).eval(), options.latent_noise)
+    write_atomically(options.output / "pictures.json", json.dumps({"wide": options.wide}) + "\n")
     for path in partial:
         path.replace(options.output / path.name.replace(".partial", ""))
 
@@ -65,11 +69,18 @@ def reconstruct(images: np.ndarray, autoencoder: AutoencoderTiny, noise: float) 
 
 
 class Pictures:
-    """Rendered pictures on disk, addressed by index."""
+    """Rendered pictures on disk, addressed by index.
+
+    Raises InputError when the folder was rendered by other code than today's: its captions would be other pictures'.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.images = np.load(folder / "images.npy", mmap_mode="r")
         self.bits = np.load(folder / "masks.npy", mmap_mode="r")
+        wide = json.loads((folder / "pictures.json").read_text(encoding="utf-8"))["wide"]
+        for index in (0, len(self) - 1):
+            if not np.array_equal(_draw((index, wide))[1], self.bits[index]):
+                raise InputError(f"{folder}: rendered by another version of the mini-world; render it again")
 
     def __len__(self) -> int:
         return len(self.images)
