@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import tyro
 
 from nearid_personalize.encoder import load_encoder
+from nearid_personalize.evaluation import evaluate_retrieval
 from nearid_personalize.miniworld import MiniWorldDataset, weights_dir
-from nearid_personalize.training.head import evaluate_retrieval
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from diffusers import StableDiffusionPipeline
 from transformers import AutoModel, SiglipModel
 
 from nearid_personalize import IdentityScorer
+from nearid_personalize.evaluation import evaluate_retrieval
 from nearid_personalize.miniworld import MiniWorldDataset, caption, picture, weights_dir
 from nearid_personalize.miniworld.judge import judge
-from nearid_personalize.training.head import evaluate_retrieval
 
 
 @pytest.fixture(scope="module")

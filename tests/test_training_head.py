@@ -18,19 +18,16 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from tiles import PREPROCESSING, Tiles, same, tiny_model, weights
 
-from nearid_personalize import InputError, metrics
+from nearid_personalize import InputError
 from nearid_personalize.data.cache import TokenCache, cache_in_memory
 from nearid_personalize.encoder import Preprocessing, load_encoder
-from nearid_personalize.images import preprocess
 from nearid_personalize.training.head import (
     HeadOptions,
     Pooling,
     anchor_first,
     batch_loss,
     batch_rows,
-    evaluate_retrieval,
     export,
-    identity_similarities,
     is_finished,
     train_head,
     warmup_cosine,
@@ -46,32 +43,6 @@ def quick_options(output, **changes):
 
 def tokens_of(rows):
     return cache_in_memory(tiny_model(), rows, PREPROCESSING)
-
-
-# --- measuring
-
-
-def test_retrieval_agrees_with_embedding_each_row_by_itself():
-    model, rows = tiny_model(), Tiles(12)
-    views, distractors = torch.full((2, 12, 3, 3), float("nan"))
-    with torch.no_grad():
-        for n in range(12):
-            item = rows[n]
-            pixels = {k: preprocess(item[k], 32, (0.5,) * 3, (0.5,) * 3) for k in ("views", "distractors")}
-            v, d = (model.get_image_features(pixels[k]) for k in ("views", "distractors"))
-            for i in range(3):
-                for j in range(3):
-                    if item["view_mask"][i] and item["view_mask"][j]:
-                        views[n, i, j], distractors[n, i, j] = v[i] @ v[j], v[i] @ d[j]
-    ours = identity_similarities(model, cache_in_memory(model, rows, PREPROCESSING))
-    for measured, expected in zip(ours, (views, distractors), strict=True):
-        assert torch.allclose(measured, expected, atol=1e-3, equal_nan=True)
-    result = evaluate_retrieval(model, rows, PREPROCESSING)
-    assert result.ssr == pytest.approx(metrics.sample_success_rate(*ours))
-    assert result.pa == pytest.approx(metrics.pairwise_accuracy(*ours))
-    assert result.ssr_interval[0] <= result.ssr <= result.ssr_interval[1]
-    assert result.pa_interval[0] <= result.pa <= result.pa_interval[1]
-    assert result.num_identities == 12
 
 
 # --- order, anchors, rate

@@ -1,10 +1,10 @@
-"""Train the identity head on the tokens of a frozen trunk, and measure it.
+"""Train the identity head on the tokens of a frozen trunk.
 
 The loop runs the head alone, on tokens that the trunk gave once (`data.cache`) or gives anew. Every random choice is
 a function of (seed, step), so a resumed run makes exactly the choices of an unbroken one, and the batch of a step does
 not depend on how many processes share it.
 
-Shape letters: N identities, m pictures, B batch, V views, T tokens, D width.
+Shape letters: m pictures, B batch, V views, T tokens, D width.
 """
 
 import json
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from nearid_personalize import metrics
-from nearid_personalize.data.cache import Rows, TokenCache, TokenSource, cache_in_memory
+from nearid_personalize.data.cache import TokenCache, TokenSource
 from nearid_personalize.encoder import NearIDModel, Preprocessing
 from nearid_personalize.errors import InputError
+from nearid_personalize.evaluation import Retrieval, evaluate_tokens, into_slots
 from nearid_personalize.images import write_atomically
 from nearid_personalize.losses import gather_rows, info_nce_loss, two_tier_loss
 
@@ -95,66 +95,6 @@ class HeadOptions:
         bookkeeping = {"output", "evaluate_every", "keep", "patience", "checkpoint_every", "checkpoints_total_limit"}
         bookkeeping |= {"resume", "keep_checkpoints", "tensorboard"}
         return {name: value for name, value in asdict(self).items() if name not in bookkeeping}
-
-
-# --- measuring -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """How well an encoder tells identities from their near-identity distractors; fractions in [0, 1].
-
-    The intervals are 95 % bootstrap intervals over identities.
-    """
-
-    ssr: float
-    ssr_interval: tuple[float, float]
-    pa: float
-    pa_interval: tuple[float, float]
-    published_pa: float
-    num_identities: int
-
-
-def evaluate_retrieval(
-    model: NearIDModel, rows: Rows, preprocessing: Preprocessing, num_workers: int = 0, seed: int = 0
-) -> Retrieval:
-    """SSR and PA of a model on rows of pictures; `seed` is the bootstrap's."""
-    return evaluate_tokens(model, cache_in_memory(model, rows, preprocessing, num_workers=num_workers), seed)
-
-
-def evaluate_tokens(model: NearIDModel, cache: TokenCache, seed: int = 0, num_resamples: int = 2000) -> Retrieval:
-    """SSR and PA of a model's head on cached tokens of its trunk: cheap, so that several heads share one cache."""
-    views, distractors = identity_similarities(model, cache)
-    counts = metrics.won_and_valid(metrics.identity_margins(views, distractors))
-    return Retrieval(
-        ssr=metrics.share_of_perfect_rows(counts),
-        ssr_interval=metrics.bootstrap_interval(counts, metrics.share_of_perfect_rows, num_resamples, seed),
-        pa=metrics.share_of_won_terms(counts),
-        pa_interval=metrics.bootstrap_interval(counts, metrics.share_of_won_terms, num_resamples, seed),
-        published_pa=metrics.published_pairwise_accuracy(views, distractors),
-        num_identities=int((counts[:, 1] > 0).sum()),
-    )
-
-
-@torch.no_grad()
-def identity_similarities(model: NearIDModel, cache: TokenCache) -> tuple[Tensor, Tensor]:
-    """Cosines [N,V,V] between views, and of view i with the distractor on view j's context; NaN where absent."""
-    views: list[Tensor] = []
-    distractors: list[Tensor] = []
-    for rows in torch.arange(len(cache)).split(64):
-        tokens, valid = cache.read(rows)
-        embeddings = _into_slots(model.pool(tokens.to(model.device)), valid).cpu()
-        for kind, out in ((0, views), (1, distractors)):
-            cosine = embeddings[:, 0] @ embeddings[:, kind].transpose(1, 2)  # [B,V,V]
-            out.append(cosine.masked_fill(~(valid[:, 0, :, None] & valid[:, kind, None, :]), float("nan")))
-    return torch.cat(views), torch.cat(distractors)
-
-
-def _into_slots(embeddings: Tensor, valid: Tensor) -> Tensor:
-    """Embeddings [m,D] of the valid slots of bool [B,2,V] -> [B,2,V,D], zeros elsewhere."""
-    slots = embeddings.new_zeros(*valid.shape, embeddings.shape[-1])
-    slots[valid.to(embeddings.device)] = embeddings
-    return slots
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -304,7 +244,7 @@ def batch_loss(
     share = len(rows) // accelerator.num_processes
     mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     tokens, valid = source.read(rows[mine], variant)
-    embeddings = gather_rows(_into_slots(pooling(tokens.to(accelerator.device)), valid))  # [B,2,V,D]
+    embeddings = gather_rows(into_slots(pooling(tokens.to(accelerator.device)), valid))  # [B,2,V,D]
     valid = gather_rows(valid.to(accelerator.device).byte()).bool()  # [B,2,V]
     order = anchor_first(valid[:, 0].cpu(), _generator(options.seed, number, "anchors")).to(valid.device)  # [B,V]
     valid_views = valid[:, 0].gather(1, order)
