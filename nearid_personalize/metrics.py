@@ -4,6 +4,7 @@ Shape letters: N identities, V views. Similarities: larger = more alike. Inputs 
 shares and correlations come back as Python floats, NaN where nothing was measured.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -104,11 +105,30 @@ def human_correlation(scores: Sequence[Tensor], group1: Sequence[Tensor], group2
     )
 
 
+def human_correlation_by_category(
+    scores: Sequence[Tensor], group1: Sequence[Tensor], group2: Sequence[Tensor], categories: Sequence[Sequence[str]]
+) -> dict[str, HumanCorrelation]:
+    """M-H per category of the rated pictures, and over all of them under "pooled".
+
+    The paper's headline is "object" alone (585 of 1,350 pairs of DreamBench++): print the table beside it.
+    categories: per method, one name per score. Methods without pairs of a category drop out of it.
+    """
+    if not len(scores) == len(categories) or any(len(s) != len(c) for s, c in zip(scores, categories)):
+        raise ValueError("categories must name one category per score of every method")
+    table = {"pooled": human_correlation(scores, group1, group2)}
+    for wanted in sorted({name for names in categories for name in names}):
+        chosen = [torch.tensor([name == wanted for name in names]) for names in categories]
+        of_category = ([_float64(x)[c] for x, c in zip(xs, chosen, strict=True)] for xs in (scores, group1, group2))
+        table[wanted] = human_correlation(*of_category)
+    return table
+
+
 def summarise_methods(correlations: Sequence[float]) -> HumanCorrelation:
-    """Correlations of single methods -> their M-H summary."""
-    spread = torch.tensor(correlations, dtype=torch.float64)
+    """Correlations of single methods -> their M-H summary. Methods whose correlation is NaN drop out of the means."""
+    measured = [value for value in correlations if not math.isnan(value)]
+    spread = torch.tensor(measured, dtype=torch.float64)
     standard_error = float(spread.std()) / len(spread) ** 0.5 if len(spread) > 1 else float("nan")
-    return HumanCorrelation(fisher_mean(correlations, clip=0.9999), standard_error, list(correlations))
+    return HumanCorrelation(fisher_mean(measured, clip=0.9999), standard_error, list(correlations))
 
 
 def pearson(x: Tensor, y: Tensor) -> float:

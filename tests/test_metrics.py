@@ -210,3 +210,19 @@ def test_bootstrap_resamples_whole_identities():
     assert metrics.bootstrap_interval(torch.ones(5), num_resamples=10) == (1, 1)
     with pytest.raises(ValueError, match="at least one row"):
         metrics.bootstrap_interval(torch.zeros(0))
+
+
+def test_human_correlation_by_category_is_that_of_each_categorys_pairs():
+    generator = torch.Generator().manual_seed(3)
+    scores, first, second = (torch.rand(2, 12, generator=generator) for _ in range(3))
+    names = [["object", "style", "living"] * 4, ["living"] * 6 + ["object"] * 6]
+    table = metrics.human_correlation_by_category(scores.unbind(), first.unbind(), second.unbind(), names)
+    assert list(table) == ["pooled", "living", "object", "style"]
+    assert table["pooled"] == metrics.human_correlation(scores.unbind(), first.unbind(), second.unbind())
+    objects = [torch.tensor([name == "object" for name in of_method]) for of_method in names]
+    expected = metrics.human_correlation(*([x[m] for x, m in zip(xs, objects)] for xs in (scores, first, second)))
+    assert table["object"] == expected
+    alone = table["style"]  # the second method has none
+    assert math.isnan(alone.per_method[1]) and alone.mean == pytest.approx(alone.per_method[0])
+    with pytest.raises(ValueError, match="one category per score"):
+        metrics.human_correlation_by_category(scores.unbind(), first.unbind(), second.unbind(), names[:1])
