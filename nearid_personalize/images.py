@@ -8,10 +8,10 @@ import struct
 import uuid
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from nearid_personalize.errors import InputError
 
 ImageSource: TypeAlias = str | Path | bytes | Image.Image | np.ndarray | torch.Tensor
+Resample: TypeAlias = Literal["bicubic", "bilinear"]
 
 MAX_PIXELS = 100_000_000
 """Largest picture read, in pixels: 100 MP is 300 MB once decoded."""
@@ -80,22 +81,30 @@ def list_images(folder: str | Path) -> list[Path]:
 
 
 def load_images(source: ImageSource | Iterable[ImageSource]) -> list[Image.Image]:
-    """One or more pictures: a folder, one picture, a batch `[N,H,W,C]` / `[N,C,H,W]`, or any sequence of pictures.
+    """One or more pictures, see `iterate_sources`.
 
     Raises:
         InputError: as `load_image` and `list_images`; also for an empty sequence.
     """
-    if isinstance(source, str | Path):
-        paths = list_images(source) if Path(source).is_dir() else [Path(source)]
-        return [load_image(path) for path in paths]
-    if isinstance(source, np.ndarray | torch.Tensor):
-        return [load_image(item) for item in source] if source.ndim == 4 else [load_image(source)]
-    if isinstance(source, bytes | Image.Image) or not isinstance(source, Iterable):
-        return [load_image(source)]
-    images = [load_image(item) for item in source]
+    images = [load_image(item) for item in iterate_sources(source)]
     if not images:
         raise InputError("images: an empty sequence; give at least one picture")
     return images
+
+
+def iterate_sources(source: ImageSource | Iterable[ImageSource]) -> Iterator[ImageSource]:
+    """A folder, one picture, a batch `[N,H,W,C]` / `[N,C,H,W]`, or any iterable of pictures, one by one, undecoded.
+
+    Raises:
+        InputError: as `list_images`.
+    """
+    if isinstance(source, str | Path) and Path(source).is_dir():
+        return iter(list_images(source))
+    if isinstance(source, np.ndarray | torch.Tensor):
+        return iter(source if source.ndim == 4 else [source])
+    if isinstance(source, str | Path | bytes | Image.Image) or not isinstance(source, Iterable):
+        return iter([source])
+    return iter(source)
 
 
 def _open_file(path: Path, max_pixels: int) -> Image.Image:
@@ -227,33 +236,37 @@ def preprocess(
     mean: Sequence[float],
     std: Sequence[float],
     device: torch.device | str | None = None,
+    resample: Resample = "bicubic",
 ) -> torch.Tensor:
     """Pictures as an encoder wants them: squashed to `size` x `size`, channels normalised.
 
     Args:
         images: PIL pictures of any sizes, or a tensor `[N,3,H,W]`: uint8, or float in [0, 1]. The float path is
-            differentiable, the others round as Pillow's bicubic resize does, bit for bit when shrinking.
+            differentiable, the others round as Pillow's resize does, bit for bit when shrinking.
         size: side of the result, pixels.
         mean, std: per channel, for pixels in [0, 1].
         device: where the result is; by default the tensor's own, or the CPU for PIL pictures.
+        resample: the filter, antialiased as Pillow's.
 
     Returns:
         float32 `[N,3,size,size]`.
     """
-    if isinstance(images, torch.Tensor):
-        if images.ndim != 4 or images.shape[1] != 3 or not (images.dtype == torch.uint8 or images.is_floating_point()):
-            raise InputError(
-                f"images: {images.dtype} tensor of shape {list(images.shape)}; give uint8 or float [N,3,H,W]"
-            )
-        pixels = _resize(images.to(device), size)
-    else:
+    if not isinstance(images, torch.Tensor):
         if not images:
             raise InputError("images: an empty sequence; give at least one picture")
         # Resized one by one on the CPU as bytes: sizes may differ, and large photos never become floats.
-        pixels = torch.cat([_resize(_to_bytes(image), size) for image in images]).to(device)
+        images = torch.stack([to_square(image, size, resample) for image in images])
+    if images.ndim != 4 or images.shape[1] != 3 or not (images.dtype == torch.uint8 or images.is_floating_point()):
+        raise InputError(f"images: {images.dtype} tensor of shape {list(images.shape)}; give uint8 or float [N,3,H,W]")
+    pixels = _resize(images.to(device), size, resample)
     shift = torch.tensor(mean, device=pixels.device).view(1, 3, 1, 1)
     scale = torch.tensor(std, device=pixels.device).view(1, 3, 1, 1)
     return (pixels - shift) / scale
+
+
+def to_square(image: Image.Image, size: int, resample: Resample = "bicubic") -> torch.Tensor:
+    """RGB picture -> uint8 `[3,size,size]`, squashed as `preprocess` does; nothing is left for it to resize."""
+    return _resize_as_is(_to_bytes(image), size, resample)[0]
 
 
 def _to_bytes(image: Image.Image) -> torch.Tensor:
@@ -261,17 +274,23 @@ def _to_bytes(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
 
 
-def _resize(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 or float `[N,3,H,W]` -> float32 `[N,3,size,size]` in [0, 1], antialiased bicubic as Pillow's."""
+def _resize(pixels: torch.Tensor, size: int, resample: Resample) -> torch.Tensor:
+    """uint8 or float `[N,3,H,W]` -> float32 `[N,3,size,size]` in [0, 1]."""
     if pixels.dtype == torch.uint8 and pixels.device.type != "cpu":
         pixels = pixels / 255  # byte interpolation exists on the CPU only
     elif pixels.is_floating_point():
         pixels = pixels.float()
-    if pixels.shape[-2:] != (size, size):
-        pixels = torch.nn.functional.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
+    pixels = _resize_as_is(pixels, size, resample)
     if pixels.dtype == torch.uint8:
         return pixels.float() / 255
     return pixels.clamp(0, 1)  # bicubic overshoots at edges
+
+
+def _resize_as_is(pixels: torch.Tensor, size: int, resample: Resample) -> torch.Tensor:
+    """`[N,3,H,W]` -> `[N,3,size,size]` of the same type, antialiased as Pillow's."""
+    if pixels.shape[-2:] == (size, size):
+        return pixels
+    return torch.nn.functional.interpolate(pixels, size=(size, size), mode=resample, antialias=True)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -4,26 +4,46 @@ Scores are cosines in [-1, 1], larger = more alike. Shape letters: N pictures, R
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from PIL import ImageFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from nearid_personalize.calibration import Calibration
-from nearid_personalize.encoder import NearIDModel, Preprocessing, load_encoder
+from nearid_personalize.encoder import NearIDModel, load_encoder
 from nearid_personalize.errors import InputError
-from nearid_personalize.images import ImageSource, list_images, load_images, preprocess, write_atomically
+from nearid_personalize.images import (
+    ImageSource,
+    Resample,
+    iterate_sources,
+    load_image,
+    to_square,
+    write_atomically,
+)
+from nearid_personalize.preprocessing import Preprocessing
 from nearid_personalize.selection import Verdict, rank_candidates
 
 Aggregation = Literal["mean", "max", "centroid"]
-Images = ImageSource | Sequence[ImageSource]
-"""A folder, a picture, a sequence of pictures, or a tensor [N,3,H,W]: uint8, or float in [0, 1]."""
+Images = ImageSource | Iterable[ImageSource]
+"""A folder, a picture, an iterable of pictures, or a tensor [N,3,H,W]: uint8, or float in [0, 1]."""
+OnError = Callable[[int, InputError], None]
+"""Told of each picture that cannot be read: its place in the input, and the error that names it."""
+
+DECODING_THREADS = min(16, os.cpu_count() or 1)
+"""Threads that decode and shrink pictures while the model runs."""
 
 UNCALIBRATED_MARGIN = 0.1
 """How far below the references' own likeness a picture may score when nothing was calibrated. A guess, not measured."""
@@ -126,6 +146,8 @@ class IdentityScorer:
             pixels in [0, 1].
         calibration: the accept threshold of enrolled subjects; without one `uncalibrated_threshold` is used.
         batch_size: pictures embedded at once.
+        resample: the filter that resizes pictures.
+        compile_backend: a `torch.compile` backend, "inductor" as a rule; None: the model runs uncompiled.
     """
 
     def __init__(
@@ -138,13 +160,16 @@ class IdentityScorer:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 64,
+        resample: Resample = "bicubic",
+        compile_backend: str | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.model = model.to(device=device, dtype=dtype).eval()
-        self.model.head.float()
+        self.model = model.to(device=device).cast_trunk(dtype).eval()
         self.image_size, self.image_mean, self.image_std = image_size, tuple(image_mean), tuple(image_std)
-        self.calibration, self.batch_size = calibration, batch_size
+        self.calibration, self.batch_size, self.resample = calibration, batch_size, resample
+        features = self.model.get_image_features
+        self._features = torch.compile(features, backend=compile_backend) if compile_backend else features
 
     @classmethod
     def from_pretrained(
@@ -152,11 +177,14 @@ class IdentityScorer:
         name_or_folder: str | Path,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        trunk: str | Path | None = None,
+        compile_backend: str | None = None,
     ) -> "IdentityScorer":
         """Load a checkpoint: a folder, a Hub id, or "miniworld", the built-in one for the toy world.
 
-        A SigLIP checkpoint works too and gives the frozen backbone's own likeness, not identity. A `calibration.json`
-        beside the weights sets the accept threshold.
+        A bare trunk works too and gives the frozen backbone's likeness, not identity: a SigLIP one through its own
+        pooling, a CLIP or DINO one through its mean token. `trunk` says where the trunk of a head saved alone is, when
+        it is not where it was. A `calibration.json` beside the weights sets the accept threshold.
 
         Raises InputError when the checkpoint cannot be found or read.
         """
@@ -164,7 +192,7 @@ class IdentityScorer:
             from nearid_personalize.miniworld import weights_dir  # the toy world's code is not needed otherwise
 
             name_or_folder = weights_dir("nearid")
-        model, preprocessing, folder = load_encoder(name_or_folder, dtype)
+        model, preprocessing, folder = load_encoder(name_or_folder, dtype, trunk)
         return cls(
             model,
             preprocessing.size,
@@ -173,21 +201,91 @@ class IdentityScorer:
             _read_calibration(folder / "calibration.json"),
             device,
             dtype,
+            resample=preprocessing.resample,
+            compile_backend=compile_backend,
         )
 
     @property
     def preprocessing(self) -> Preprocessing:
         """How pictures become pixel values."""
-        return Preprocessing(self.image_size, self.image_mean, self.image_std)
+        return Preprocessing(self.image_size, self.image_mean, self.image_std, self.resample)
 
     @torch.no_grad()
-    def embed(self, images: Images) -> Tensor:
-        """Pictures -> float32 [N,D] of unit length, on the CPU, whatever the batch size."""
-        embeddings = []
-        for batch in _batches(images, self.batch_size):
-            pixels = preprocess(batch, self.image_size, self.image_mean, self.image_std, self.model.device)
-            embeddings.append(F.normalize(self.model.get_image_features(pixels), dim=-1).cpu())
-        return torch.cat(embeddings)
+    def embed(self, images: Images, on_error: OnError | None = None) -> Tensor:
+        """Pictures -> float32 [N,D] of unit length, on the CPU, in the order given, whatever the batch size.
+
+        Threads decode while the model runs, and pictures are taken from `images` only as they are needed: at most three
+        batches of them are held, shrunk to what the model sees, so a generator of any length can be given.
+
+        on_error: called for each picture that cannot be read, whose row is then NaN; without it the first such picture
+        raises its InputError.
+        """
+        unreadable: list[int] = []
+
+        def report(index: int, error: InputError) -> None:
+            if on_error is None:
+                raise error
+            on_error(index, error)
+            unreadable.append(index)
+
+        embeddings: list[Tensor] = []
+        running: Tensor | None = None
+        with closing(self._batches(images, report)) as batches:
+            for batch in batches:
+                embedded = F.normalize(self._features(self.preprocessing(self._upload(batch))), dim=-1)
+                # An accelerator works on in the background: fetch a batch only when the next one is under way.
+                if running is not None:
+                    embeddings.append(running.cpu())
+                running = embedded
+        if running is None:
+            raise InputError("images: empty; give at least one picture")
+        result = torch.cat([*embeddings, running.cpu()])
+        result[unreadable] = float("nan")
+        return result
+
+    def _upload(self, batch: Tensor) -> Tensor:
+        device = self.model.device
+        if device.type == "cuda" and batch.device.type == "cpu":
+            return batch.pin_memory().to(device, non_blocking=True)
+        return batch.to(device)
+
+    def _batches(self, images: Images, report: OnError) -> Generator[Tensor]:
+        """Batches [B,3,H,W], uint8 or float; an unreadable picture is reported and stands there black."""
+        if isinstance(images, Tensor) and images.ndim == 4:
+            yield from images.split(self.batch_size) if len(images) else ()
+            return
+        with closing(self._decoded(images, report)) as pictures:
+            while batch := list(islice(pictures, self.batch_size)):
+                yield torch.stack(batch)
+
+    def _decoded(self, images: Images, report: OnError) -> Generator[Tensor]:
+        """uint8 [3,S,S] for each picture in order, decoded by threads up to two batches ahead."""
+        pool, lock = ThreadPoolExecutor(DECODING_THREADS), Lock()
+
+        def decode(source: ImageSource) -> Tensor:
+            # A picture that Pillow has opened but not read may be in the input twice, and is not safe to read twice.
+            with lock if isinstance(source, ImageFile.ImageFile) else nullcontext():
+                image = load_image(source)
+            return to_square(image, self.image_size, self.resample)
+
+        ahead: deque[Future[Tensor]] = deque()
+        sources = iterate_sources(images)
+        index = 0
+        try:
+            while True:
+                wanted = 2 * self.batch_size - len(ahead)
+                ahead.extend(pool.submit(decode, source) for source in islice(sources, wanted))
+                if not ahead:
+                    return
+                try:
+                    picture = ahead.popleft().result()
+                except InputError as error:
+                    report(index, error)
+                    picture = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
+                yield picture
+                index += 1
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def enroll(self, photos: Images, aggregation: Aggregation | None = None) -> Subject:
         """Reference photos -> Subject. `aggregation` is the calibration's unless given, and "mean" without one.
@@ -200,9 +298,12 @@ class IdentityScorer:
             return Subject(references, self.calibration.threshold, chosen)  # type: ignore[arg-type]
         return Subject(references, uncalibrated_threshold(references, chosen), chosen)  # type: ignore[arg-type]
 
-    def score(self, images: Images, subject: Subject) -> Tensor:
-        """Pictures -> float32 [N] in [-1, 1]. Raises InputError when the subject was enrolled with another model."""
-        embeddings = self.embed(images)
+    def score(self, images: Images, subject: Subject, on_error: OnError | None = None) -> Tensor:
+        """Pictures -> float32 [N] in [-1, 1]; with `on_error`, NaN for those that cannot be read, see `embed`.
+
+        Raises InputError when the subject was enrolled with another model.
+        """
+        embeddings = self.embed(images, on_error)
         if embeddings.shape[1] != subject.embeddings.shape[1]:
             raise InputError(
                 f"subject: embeddings of width {subject.embeddings.shape[1]}, this model makes {embeddings.shape[1]}; "
@@ -210,26 +311,9 @@ class IdentityScorer:
             )
         return identity_scores(embeddings, subject.embeddings, subject.aggregation)
 
-    def rank(self, images: Images, subject: Subject) -> Ranking:
+    def rank(self, images: Images, subject: Subject, on_error: OnError | None = None) -> Ranking:
         """Score pictures and put them best first; those below the subject's threshold are rejected."""
-        return Ranking(rank_candidates(self.score(images, subject), subject.threshold))
-
-
-def _batches(images: Images, size: int) -> Iterator[Any]:
-    """Pictures a batch at a time, so that a folder of large photos is never decoded all at once."""
-    if isinstance(images, Tensor) and images.ndim == 4:
-        if len(images) == 0:
-            raise InputError("images: an empty tensor; give at least one picture")
-        yield from images.split(size)
-        return
-    if isinstance(images, str | Path) and Path(images).is_dir():
-        images = list_images(images)
-    if isinstance(images, Sequence) and not isinstance(images, str | bytes) and len(images) > 0:
-        for start in range(0, len(images), size):
-            yield load_images(images[start : start + size])
-    else:
-        loaded = load_images(images)
-        yield from (loaded[start : start + size] for start in range(0, len(loaded), size))
+        return Ranking(rank_candidates(self.score(images, subject, on_error), subject.threshold))
 
 
 def _read_calibration(path: Path) -> Calibration | None:

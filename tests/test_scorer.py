@@ -1,14 +1,18 @@
 import json
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from transformers import Dinov2Config, Dinov2Model
 
 from nearid_personalize import Calibration, IdentityScorer, InputError, NearIDModel, Subject
+from nearid_personalize.checkpoints import save_head
+from nearid_personalize.images import load_image as decode
 from nearid_personalize.scorer import (
     SINGLE_REFERENCE_THRESHOLD,
     UNCALIBRATED_MARGIN,
@@ -119,15 +123,130 @@ def test_every_kind_of_input_embeds_alike(scorer, pictures, tmp_path):
         assert torch.allclose(scorer.embed(image), expected[:1], atol=1e-5)
 
 
-def test_half_precision_stays_close(tiny_nearid_dir, scorer, pictures):
-    half = IdentityScorer.from_pretrained(tiny_nearid_dir, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close(tiny_nearid_dir, scorer, pictures, dtype):
+    half = IdentityScorer.from_pretrained(tiny_nearid_dir, dtype=dtype)
+    assert half.model.backbone.post_layernorm.weight.dtype == dtype
     assert half.model.head.probe.dtype == torch.float32
     embeddings = half.embed(pictures)
     assert embeddings.dtype == torch.float32
     assert F.cosine_similarity(embeddings, scorer.embed(pictures)).min() > 0.99
 
 
-@pytest.mark.parametrize("images", [[], torch.zeros(0, 3, 8, 8)])
+# --- streaming
+
+
+def scorer_in_batches(folder, size, backend=None):
+    model = NearIDModel.from_pretrained(folder)
+    return IdentityScorer(model, 32, (0.5,) * 3, (0.5,) * 3, batch_size=size, compile_backend=backend)
+
+
+def test_a_generator_is_read_only_as_far_as_needed_and_order_is_kept(tiny_nearid_dir, scorer):
+    """At most two batches wait and one runs, however long the generator is."""
+    taken = done = most = 0
+
+    def many():
+        nonlocal taken
+        for seed in range(50):
+            taken += 1
+            yield picture(seed % 7, (20 + seed % 5, 30))
+
+    small = scorer_in_batches(tiny_nearid_dir, 4)
+    features = small._features
+
+    def watched(pixels):
+        nonlocal done, most
+        most = max(most, taken - done)
+        done += len(pixels)
+        return features(pixels)
+
+    small._features = watched
+    embeddings = small.embed(many())
+    assert taken == done == 50 and most <= 3 * 4
+    assert torch.allclose(embeddings, scorer.embed(list(many())), atol=1e-5)
+
+
+def test_decoding_goes_on_while_the_model_runs(tiny_nearid_dir, pictures, monkeypatch):
+    """The model waits, in its first batch, until a picture of the second is decoded: so threads must decode it."""
+    fifth_decoded = threading.Event()
+
+    def load_image(source):
+        image = decode(source)
+        if source is pictures[4]:
+            fifth_decoded.set()
+        return image
+
+    monkeypatch.setattr("nearid_personalize.scorer.load_image", load_image)
+    small = scorer_in_batches(tiny_nearid_dir, 4)
+    features, waited = small._features, []
+
+    def slow(pixels):
+        waited.append(fifth_decoded.wait(timeout=30))
+        return features(pixels)
+
+    small._features = slow
+    assert small.embed(pictures[:6]).shape == (6, 32) and waited == [True, True]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_a_bad_file_is_reported_and_the_rest_go_on(tiny_nearid_dir, pictures, tmp_path, batch_size):
+    for seed, image in enumerate(pictures):
+        image.save(tmp_path / f"{seed}.png")
+    (tmp_path / "2.png").write_text("no picture")
+    (tmp_path / "5.png").write_bytes((tmp_path / "5.png").read_bytes()[:50])
+    scorer = scorer_in_batches(tiny_nearid_dir, batch_size)
+    with pytest.raises(InputError, match=r"2\.png"):
+        scorer.embed(tmp_path)
+    with pytest.raises(InputError, match=r"2\.png"):
+        scorer.enroll(tmp_path)
+    failures = {}
+    embeddings = scorer.embed(tmp_path, on_error=failures.__setitem__)
+    assert {index: f"{index}.png" in str(error) for index, error in failures.items()} == {2: True, 5: True}
+    good = [0, 1, 3, 4, 6]
+    assert embeddings[[2, 5]].isnan().all()
+    assert torch.allclose(embeddings[good], scorer.embed([pictures[i] for i in good]), atol=1e-5)
+    subject = scorer.enroll(pictures[:2])
+    assert scorer.score(tmp_path, subject, failures.__setitem__).isnan().nonzero()[:, 0].tolist() == [2, 5]
+    ranking = scorer.rank(tmp_path, subject, failures.__setitem__)
+    assert sorted(entry.index for entry in ranking.rejected if entry.reason == "not scored") == [2, 5]
+    assert sorted(entry.index for entry in ranking.entries[-2:]) == [2, 5]
+
+
+def test_nothing_but_bad_files(scorer):
+    failures = []
+    embeddings = scorer.embed([b"x", b"y"], on_error=lambda index, error: failures.append(index))
+    assert embeddings.shape == (2, 32) and embeddings.isnan().all() and failures == [0, 1]
+
+
+def test_other_faults_are_raised_and_no_thread_is_left(scorer):
+    before = threading.active_count()
+
+    def broken():
+        yield picture(0)
+        raise RuntimeError("the generator's own fault")
+
+    for images, fault in ((broken(), RuntimeError), ([picture(0), b"x"], InputError), ([picture(0), 3], InputError)):
+        with pytest.raises(fault):
+            scorer.embed(images)
+    assert threading.active_count() == before
+
+
+def test_one_opened_file_given_many_times(scorer, tmp_path):
+    """Pillow reads an opened file on first use, which two threads must not do at once."""
+    picture(0, (600, 600)).save(tmp_path / "a.jpg")
+    expected = scorer.embed(tmp_path / "a.jpg")
+    for _ in range(10):
+        opened = Image.open(tmp_path / "a.jpg")
+        assert torch.allclose(scorer.embed([opened] * 12), expected.expand(12, -1), atol=1e-5)
+
+
+def test_compiled_embeddings_agree(tiny_nearid_dir, scorer, pictures):
+    # "aot_eager" traces the model as "inductor" does, and spares the test a C++ compiler.
+    compiled = scorer_in_batches(tiny_nearid_dir, 3, "aot_eager")
+    assert torch.allclose(compiled.embed(pictures), scorer.embed(pictures), atol=1e-5)
+
+
+@pytest.mark.parametrize("images", [[], (), iter([]), torch.zeros(0, 3, 8, 8), np.zeros((0, 8, 8, 3), np.uint8)])
 def test_no_pictures_is_refused(scorer, images):
     with pytest.raises(InputError, match="empty"):
         scorer.embed(images)
@@ -229,6 +348,22 @@ def test_preprocessing_comes_from_the_folder(tiny_nearid_dir, scorer, tmp_path, 
     other = IdentityScorer.from_pretrained(str(tmp_path))
     assert (other.image_mean, other.image_std) == ((0.1,) * 3, (0.9,) * 3)
     assert not torch.allclose(other.embed(pictures), scorer.embed(pictures), atol=1e-3)
+
+
+def test_a_head_alone_and_a_bare_trunk_of_another_family(tmp_path, pictures):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    Dinov2Model(Dinov2Config(**shape, image_size=32, patch_size=8)).save_pretrained(tmp_path / "trunk")
+    processor = {"size": {"shortest_edge": 37}, "crop_size": {"height": 32, "width": 32}, "resample": 2}
+    (tmp_path / "trunk" / "preprocessor_config.json").write_text(json.dumps(processor))
+    bare = IdentityScorer.from_pretrained(tmp_path / "trunk")
+    assert (bare.image_size, bare.resample, bare.image_mean) == (32, "bilinear", (0.485, 0.456, 0.406))
+    save_head(bare.model, tmp_path / "head", str(tmp_path / "trunk"), bare.preprocessing)
+    expected = bare.embed(pictures)
+    assert torch.allclose(IdentityScorer.from_pretrained(tmp_path / "head").embed(pictures), expected, atol=1e-6)
+    (tmp_path / "trunk").rename(tmp_path / "moved")
+    moved = IdentityScorer.from_pretrained(tmp_path / "head", trunk=tmp_path / "moved")
+    assert torch.allclose(moved.embed(pictures), expected, atol=1e-6)
 
 
 def test_calibration_file_is_read_and_checked(tiny_nearid_dir, tmp_path):
