@@ -101,6 +101,24 @@ def test_views_and_sets_of_distractors_are_joined_by_id(tmp_path: Path, spelling
     assert mask is not None and mask[:, :8].all() and not mask[:, 8:].any()
 
 
+def test_a_folder_of_copies_is_one_data_set_with_its_sources(tmp_path: Path):
+    ids = ["x", "y", "z"]
+    write(tmp_path / "all/NearID/data/train-00000-of-00001.parquet", views(ids))
+    write(tmp_path / "all/NearID-Flux/data/train-00000-of-00001.parquet", distractors(ids))
+    for shard, some in enumerate((["x"], ["y", "z"])):
+        write(tmp_path / f"all/NearID-SDXL-0000{shard}-of-00002.parquet", distractors(some, 600 + 100 * shard))
+    found = both_ways(tmp_path / "all")
+    assert sorted(found[0].distractors) == ["Flux", "SDXL"]
+    assert np.array_equal(found[2].distractor("SDXL", 0), checkered(711, 16))
+
+
+def test_columns_that_leave_a_number_out_end_there(tmp_path: Path):
+    columns = views(["x"])
+    del columns["masks2"]
+    row = load_rows(write(tmp_path / "v.parquet", columns))[0]
+    assert row.mask(0) is not None and row.mask(1) is None and row.mask(2) is None and row.view(2) is not None
+
+
 @pytest.mark.parametrize(
     "others, words",
     [
@@ -188,6 +206,8 @@ def test_files_named_after_splits_tell_them(tmp_path: Path):
     assert load_rows(tmp_path / "d", split="test").ids == ("c",)
     alone = write(tmp_path / "e/train-00000-of-00001.parquet", views(["a"]))
     one_line(lambda: load_rows(alone, split="train"), str(alone), "hash")
+    one_line(lambda: list(stream_rows(alone, split="train")), str(alone), "'a'", "hash")
+    one_line(lambda: list(stream_rows(tmp_path / "d", split="val")), "'val'", "test, train")
 
 
 def test_data_without_splits_is_split_by_hash_only_when_asked(tmp_path: Path):
@@ -206,6 +226,8 @@ def test_the_published_nearid_is_split_by_position(tmp_path: Path):
     found = load_rows(place.parents[1])
     assert [found.splits.index(name) for name in ("train", "val", "test")] == [0, 18_786, 18_886]
     assert found.split("test").ids[0] == "18886" and len(found.split("test")) == 500
+    streamed = [row.id for row in stream_rows(place.parents[1], split="test")]
+    assert streamed == list(found.split("test").ids)
     named = ["test"] * 2 + ["val"] + ["train"] * (count - 3)
     place = write(tmp_path / "named.parquet", {**cells, "split": named})
     assert list(load_rows(place).splits) == named

@@ -162,7 +162,7 @@ class Rows(Sequence[Row]):
         return rows
 
 
-NO_SPLITS = "it does not say which rows are whose; read it whole, or ask for splits by hash of the id"
+NO_SPLITS = "the data does not say; read it whole, or ask for splits by a hash of the id"
 
 
 def _read_at(read: Callable[[int], Row], positions: Sequence[int], index: int) -> Row:

@@ -16,7 +16,7 @@ from typing import Any
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import list_images
 
-from .rows import SPLITS, Row, Rows, RowStream, Slots, check_split_name, hash_split
+from .rows import NO_SPLITS, SPLITS, Row, Rows, RowStream, Slots, check_split_name, hash_split
 
 DISTRACTORS = "distractors"
 """Name of the folder of a subject's distractors, and of that source."""
@@ -26,6 +26,9 @@ def load_rows(
     data: str | Path, distractors: Sequence[str | Path] = (), split: str | None = None, hash_splits: bool = False
 ) -> Rows:
     """Rows of identities, indexable; no picture is decoded before it is asked for.
+
+    Hub and parquet data pass through the cache of `datasets` (under HF_HOME): as much disk again, once. `stream_rows`
+    needs none.
 
     Args:
         data: a Hub id (`Aleksandar/NearID`), a parquet file or folder, a `save_to_disk` folder, or a folder of
@@ -54,7 +57,7 @@ def stream_rows(
 ) -> RowStream:
     """As `load_rows`, one row after another, without a download first; what is wrong with a row shows when it comes.
 
-    A stream of `Aleksandar/NearID` is split by position whatever its columns say.
+    A stream of the published NearID is split by position whatever its columns say.
     """
     _check_wanted(split)
     if _is_folder_of_subjects(data):
@@ -65,11 +68,17 @@ def stream_rows(
 
 
 def _chosen(stream: RowStream, split: str | None, hash_splits: bool) -> Iterator[Row]:
+    found: set[str] = set()
     for row in stream:
         if hash_splits and row.split is None:
             row = replace(row, split=hash_split(row.id))
+        if split is not None and row.split is None:
+            raise InputError(f"{stream.name}: row {row.id!r} has no split; {NO_SPLITS}")
+        found.update([row.split] if row.split else [])
         if split is None or row.split == split:
             yield row
+    if split is not None and split not in found:
+        raise InputError(f"{stream.name}: no rows of split {split!r}; it has {', '.join(sorted(found)) or 'no rows'}")
 
 
 def _check_wanted(split: str | None) -> None:

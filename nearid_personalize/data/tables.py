@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, zip_longest
+from itertools import accumulate, takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Table:
     source: str
     """What its distractors are called."""
     parts: Mapping[str, Any]
-    """Split as stored -> `datasets.Dataset` or `IterableDataset`."""
+    """Split as stored -> `datasets.Dataset` or, in a stream, `IterableDataset`."""
     columns: tuple[str, ...]
     num_rows: int | None
     """None: a stream does not say."""
@@ -76,20 +76,18 @@ class Table:
 def open_tables(place: str | Path, streaming: bool) -> list[Table]:
     """The tables in a parquet file, a folder of parquet files, a `save_to_disk` folder, or under a Hub id.
 
-    Parquet files of views in one folder are one table; those of distractors alone are one per name, shards
-    (`-00000-of-00004`) aside.
+    All parquet files of views are one table; those of distractors alone are one per name. A file's name leaves shards
+    (`-00000-of-00004`) aside; a Hub copy's (`NearID-Flux/data/train-00000-of-00001.parquet`) is its folder's.
 
     Raises:
         InputError: nothing readable there, or columns of neither layout.
     """
     path = Path(place)
     if path.is_file() or any(path.rglob("*.parquet")):
-        return [
-            _table(str(where), name, _loaded(where, partial(_load_parquet, parts, streaming)))
-            for (where, name), parts in _parquet_groups(path).items()
-        ]
-    load = partial(_load_from_disk if path.is_dir() else _load_hub, str(place), streaming)
-    return [_table(str(place), source_name(place), _loaded(place, load))]
+        return [_parquet_table(where, parts, streaming) for where, parts in _parquet_sets(path)]
+    load = _load_from_disk if path.is_dir() else partial(datasets.load_dataset, streaming=streaming)
+    parts = _loaded(place, partial(load, str(place)))
+    return [_table(str(place), source_name(place), parts, _num_rows(parts))]
 
 
 def _loaded(place: str | Path, load: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -103,45 +101,56 @@ def _loaded(place: str | Path, load: Callable[[], Mapping[str, Any]]) -> Mapping
 
 
 def source_name(place: str | Path) -> str:
-    """What a set of distractors is called: "Aleksandar/NearID-Flux" and "NearID-Flux/" are "Flux"."""
-    path = Path(place)
-    return re.sub(r"-\d{5}-of-\d{5}$", "", path.name.removesuffix(".parquet")).removeprefix("NearID-")
+    """What a set of distractors is called: "Aleksandar/NearID-Flux" and "NearID-Flux.parquet" are "Flux"."""
+    name = Path(place).absolute().name.removesuffix(".parquet")
+    return re.sub(r"-\d{5}-of-\d{5}$", "", name).removeprefix("NearID-")
 
 
-def _load_hub(name: str, streaming: bool) -> Mapping[str, Any]:
-    return datasets.load_dataset(name, streaming=streaming)
-
-
-def _load_from_disk(folder: str, streaming: bool) -> Mapping[str, Any]:
+def _load_from_disk(folder: str) -> Mapping[str, Any]:
     loaded = datasets.load_from_disk(folder)
-    parts = loaded if isinstance(loaded, datasets.DatasetDict) else {_UNSPLIT: loaded}
-    return {name: part.to_iterable_dataset() if streaming else part for name, part in parts.items()}
+    return loaded if isinstance(loaded, datasets.DatasetDict) else {_UNSPLIT: loaded}
 
 
-def _load_parquet(parts: Mapping[str, list[str]], streaming: bool) -> Mapping[str, Any]:
-    return datasets.load_dataset("parquet", data_files=dict(parts), streaming=streaming)
+def _parquet_table(place: Path, files: Mapping[str, list[Path]], streaming: bool) -> Table:
+    """The table of some files, by the split that their names tell."""
+    first = next(iter(files.values()))[0]
+    names = {split: [str(file) for file in paths] for split, paths in files.items()}
+    parts = _loaded(place, partial(datasets.load_dataset, "parquet", data_files=names, streaming=streaming))
+    # Counted here because a stream does not know, and the published splits are recognised by it.
+    count = sum(pyarrow.parquet.read_metadata(file).num_rows for paths in files.values() for file in paths)
+    return _table(str(place), _set_name(first), parts, count)
 
 
-def _parquet_groups(path: Path) -> dict[tuple[Path, str], dict[str, list[str]]]:
-    """(Path for messages, source name) -> split as stored -> files."""
-    groups: dict[tuple[Path, str], dict[str, list[str]]] = {}
+def _parquet_sets(path: Path) -> list[tuple[Path, dict[str, list[Path]]]]:
+    """Per table: its path for messages, and its files by the split that their names tell."""
+    places: dict[str | None, Path] = {}
+    sets: dict[str | None, dict[str, list[Path]]] = {}
     for file in sorted(path.rglob("*.parquet")) if path.is_dir() else [path]:
         try:
             columns = pyarrow.parquet.read_schema(file).names
         except (OSError, ValueError) as error:
             raise InputError(f"{file}: no parquet file that can be read ({str(error).splitlines()[0]})") from None
-        name = source_name(file)
-        stored = next((split for split in _SPLIT_NAMES if re.match(rf"{split}(?![a-z])", file.stem)), _UNSPLIT)
-        # Files of a Hub copy are named after their split ("train-00000-of-00004"): then the folder has the name.
-        of_folder = bool(_series(columns, _VIEWS)) or name in _SPLIT_NAMES or name.isdigit()
-        key = (path, source_name(path)) if of_folder else (file, name)
-        groups.setdefault(key, {}).setdefault(stored, []).append(str(file))
-    return groups
+        name = None if _series(columns, _VIEWS) else _set_name(file)
+        places.setdefault(name, path if name is None else file)
+        stored = (split for split in _SPLIT_NAMES if re.match(rf"{split}(?![a-z])", file.stem))
+        sets.setdefault(name, {}).setdefault(next(stored, _UNSPLIT), []).append(file)
+    return [(places[name], files) for name, files in sets.items()]
 
 
-def _table(place: str, source: str, parts: Mapping[str, Any]) -> Table:
+def _set_name(file: Path) -> str:
+    """The name of the set that a file belongs to: its own, or its folder's where it is named after a split."""
+    name = source_name(file)
+    if name not in _SPLIT_NAMES:
+        return name
+    folder = file.absolute().parent
+    return source_name(folder.parent if folder.name == "data" else folder)
+
+
+def _table(place: str, source: str, parts: Mapping[str, Any], num_rows: int | None) -> Table:
     first = next(iter(parts.values()))
-    columns = first.column_names or list(next(iter(first)))  # a stream may not know its columns before its first row
+    columns = first.column_names or list(
+        next(iter(first), ())
+    )  # a stream may not know its columns before its first row
     pictures = [_series(columns, spellings) for spellings in (_VIEWS, _MASKS, _PART_MASKS, _DISTRACTORS)]
     if not pictures[0] and not pictures[3]:
         raise InputError(
@@ -151,17 +160,14 @@ def _table(place: str, source: str, parts: Mapping[str, Any]) -> Table:
     facts = [name for name in ("id", "category", "split") if name in columns]
     kept = [*facts, *(name for names in pictures for name in names)]
     encoded = {name: _encoded(part, kept, kept[len(facts) :], place) for name, part in parts.items()}
-    return Table(place, source, encoded, tuple(columns), _num_rows(parts), *pictures)
+    return Table(place, source, encoded, tuple(columns), num_rows, *pictures)
 
 
 def _series(columns: Sequence[str], spellings: Sequence[str]) -> tuple[str, ...]:
-    """Columns numbered from 1 in the first spelling that occurs."""
-    for spelling in spellings:
-        numbered = [spelling.format(number) for number in range(1, len(columns) + 1)]
-        found = tuple(name for name in numbered if name in columns)
-        if found:
-            return found
-    return ()
+    """Columns numbered from 1, without a gap, in the first spelling that occurs."""
+    numbered = ([spelling.format(number) for number in range(1, len(columns) + 1)] for spelling in spellings)
+    found = (tuple(takewhile(columns.__contains__, names)) for names in numbered)
+    return next(filter(None, found), ())
 
 
 def _encoded(part: Any, kept: list[str], pictures: list[str], place: str) -> Any:
@@ -186,6 +192,7 @@ def _may_hold_pictures(kind: Any) -> bool:
 
 
 def _num_rows(parts: Mapping[str, Any]) -> int | None:
+    """Rows in all, as far as a stream's declaration says."""
     if all(isinstance(part, datasets.Dataset) for part in parts.values()):
         return sum(len(part) for part in parts.values())
     declared = [(part.info.splits or {}).get(name) for name, part in parts.items()]
