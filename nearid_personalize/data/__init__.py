@@ -1,0 +1,21 @@
+"""Rows of views and near-identity distractors: where they come from (`sources`, `tables`), what they are (`rows`),
+how they are varied (`augment`) and made into tensors (`items`)."""
+
+from .augment import OFF, Augmentation, augment
+from .items import IdentityDataset
+from .rows import Row, Rows, RowStream, check_disjoint, hash_split
+from .sources import load_rows, stream_rows
+
+__all__ = [
+    "OFF",
+    "Augmentation",
+    "IdentityDataset",
+    "Row",
+    "RowStream",
+    "Rows",
+    "augment",
+    "check_disjoint",
+    "hash_split",
+    "load_rows",
+    "stream_rows",
+]

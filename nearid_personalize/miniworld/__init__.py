@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import InputError
-from .dataset import MiniWorldDataset, export_parquet, identity_row, part_edit, photos, picture
+from .dataset import MiniWorldDataset, export_parquet, identity_row, part_edit, part_edits, photos, picture, rows
 from .render import Rendering, render
 from .scene import CONTEXTS, View, sample_view
 from .subjects import CATEGORIES, Pet, Split, caption, oracle_distance, sample_pet, similar_pet, single_edits
@@ -28,9 +28,11 @@ __all__ = [
     "identity_row",
     "oracle_distance",
     "part_edit",
+    "part_edits",
     "photos",
     "picture",
     "render",
+    "rows",
     "sample_pet",
     "sample_view",
     "similar_pet",

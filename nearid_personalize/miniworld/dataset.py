@@ -1,13 +1,16 @@
 """The mini-world as data: captioned pictures, identity rows with near-identity distractors, part edits, parquet.
 
+`rows` and `part_edits` speak the row type of every data set (`nearid_personalize.data`).
+
 Everything is a pure function of (split, index, seed): nothing is stored, and no two splits share an identity.
 """
 
 import io
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ..data.rows import Row, Rows, Slots
 from ..errors import InputError
 from .render import Rendering, render
-from .scene import CONTEXTS, sample_view
+from .scene import CONTEXTS, View, sample_view
 from .subjects import (
     ATTRIBUTES,
     Pet,
@@ -69,19 +73,30 @@ def photos(pet: Pet, num_photos: int, seed: int = 0, wide: bool = False) -> list
 
 @dataclass(frozen=True)
 class IdentityRow:
-    """Views of one identity and, per view, another similar subject on exactly that view's background."""
+    """Views of one identity and, per view, another similar subject on exactly that view's background.
+
+    Drawn when they are first asked for.
+    """
 
     pet: Pet
     contexts: tuple[str, ...]
-    views: tuple[Rendering, ...]
+    poses: tuple[View, ...]
     distractor_pets: tuple[Pet, ...]
-    distractors: tuple[Rendering, ...]
+
+    @cached_property
+    def views(self) -> tuple[Rendering, ...]:
+        return tuple(render(self.pet, context, pose) for context, pose in zip(self.contexts, self.poses, strict=True))
+
+    @cached_property
+    def distractors(self) -> tuple[Rendering, ...]:
+        cast = zip(self.distractor_pets, self.contexts, self.poses, strict=True)
+        return tuple(render(other, context, pose) for other, context, pose in cast)
 
 
 def identity_row(
     split: Split, index: int, num_views: int = 3, changes: tuple[int, int] = (2, 4), wide: bool = True, seed: int = 0
 ) -> IdentityRow:
-    """Row number `index` of a split.
+    """Row number `index` of a split: the same subject in the same views whatever `changes` are.
 
     Args:
         changes: smallest and largest number of the eight attributes in which a distractor differs.
@@ -90,15 +105,57 @@ def identity_row(
     pet = sample_pet(split, index, seed=seed)
     places = list(CONTEXTS)
     contexts = tuple(places.pop(int(rng.random() * len(places))) for _ in range(num_views))
-    views = [sample_view(rng, wide) for _ in contexts]
-    others = tuple(similar_pet(pet, rng, changes[0] + int(rng.random() * (changes[1] - changes[0] + 1))) for _ in views)
-    return IdentityRow(
-        pet,
-        contexts,
-        tuple(render(pet, context, view) for context, view in zip(contexts, views, strict=True)),
-        others,
-        tuple(render(other, context, view) for other, context, view in zip(others, contexts, views, strict=True)),
+    poses = tuple(sample_view(rng, wide) for _ in contexts)
+    others = tuple(similar_pet(pet, rng, changes[0] + int(rng.random() * (changes[1] - changes[0] + 1))) for _ in poses)
+    return IdentityRow(pet, contexts, poses, others)
+
+
+SIMILAR = {"similar": (2, 4)}
+"""Distractor source -> smallest and largest number of attributes in which its distractors differ."""
+
+
+def rows(
+    split: Split,
+    num_subjects: int,
+    num_views: int = 3,
+    sources: Mapping[str, tuple[int, int]] = SIMILAR,
+    wide: bool = True,
+    seed: int = 0,
+) -> Rows:
+    """The rows of `MiniWorldDataset`, with subject masks and any number of distractor sources; a row's views, and each
+    of its sources, are drawn when a picture of them is first asked for.
+
+    Raises:
+        InputError: unknown split.
+    """
+    check_split(split)
+    ids = tuple(_row_id(split, seed, index) for index in range(num_subjects))
+    read = partial(_row, split, num_views, dict(sources), wide, seed)
+    return Rows(f"mini-world {split}", ids, (split,) * num_subjects, tuple(sources), read)
+
+
+def _row(
+    split: Split, num_views: int, sources: Mapping[str, tuple[int, int]], wide: bool, seed: int, index: int
+) -> Row:
+    drawn = {name: identity_row(split, index, num_views, changes, wide, seed) for name, changes in sources.items()}
+    subject = next(iter(drawn.values()), None) or identity_row(split, index, num_views, wide=wide, seed=seed)
+    return Row(
+        id=_row_id(split, seed, index),
+        views=_slots(subject, "views", "image"),
+        distractors={name: _slots(row, "distractors", "image") for name, row in drawn.items()},
+        category=subject.pet.category,
+        masks=_slots(subject, "views", "mask"),
+        distractor_masks={name: _slots(row, "distractors", "mask") for name, row in drawn.items()},
     )
+
+
+def _slots(row: IdentityRow, kind: str, what: str) -> Slots:
+    return tuple(partial(_drawing, row, kind, what, slot) for slot in range(len(row.poses)))
+
+
+def _drawing(row: IdentityRow, kind: str, what: str, slot: int) -> npt.NDArray[Any]:
+    """The image `[64,64,3]` or mask `[64,64]` of a view or distractor."""
+    return getattr(getattr(row, kind)[slot], what)
 
 
 class MiniWorldDataset(Dataset[dict[str, torch.Tensor]]):
@@ -205,6 +262,35 @@ def part_edit(split: Split, index: int, attribute: str | None = None, wide: bool
     )  # fmt: skip
 
 
+def part_edits(split: Split, num_edits: int, attribute: str | None = None, wide: bool = True, seed: int = 0) -> Rows:
+    """`part_edit` as rows: two views, the edited ones as distractors of the source "edit", part masks, and hence an
+    oracle. As an inpainting mask does, a subject's mask covers it before and after the edit.
+
+    Raises:
+        InputError: unknown split; unknown attribute, when a row is read.
+    """
+    check_split(split)
+    ids = tuple(_edit_id(split, seed, attribute, index) for index in range(num_edits))
+    read = partial(_edit_row, split, attribute, wide, seed)
+    return Rows(f"mini-world part edits {split}", ids, (split,) * num_edits, ("edit",), read)
+
+
+def _edit_row(split: Split, attribute: str | None, wide: bool, seed: int, index: int) -> Row:
+    edit = part_edit(split, index, attribute, wide, seed)
+    return Row(
+        id=_edit_id(split, seed, attribute, index),
+        views=tuple(r.image for r in edit.originals),
+        distractors={"edit": tuple(r.image for r in edit.edited)},
+        category=edit.pet.category,
+        masks=tuple(a.mask | b.mask for a, b in zip(edit.originals, edit.edited, strict=True)),
+        part_masks=edit.part_masks,
+    )
+
+
+def _edit_id(split: Split, seed: int, attribute: str | None, index: int) -> str:
+    return f"{split}-{seed}-edit-{attribute or 'any'}-{index:06d}"
+
+
 def export_parquet(dataset: MiniWorldDataset, folder: str | Path) -> tuple[Path, Path]:
     """Write a data set in the layout of the Hub's NearID sets: `views.parquet` and `distractors.parquet`.
 
@@ -239,8 +325,8 @@ def export_parquet(dataset: MiniWorldDataset, folder: str | Path) -> tuple[Path,
     return paths
 
 
-def _row_id(dataset: MiniWorldDataset, index: int) -> str:
-    return f"{dataset.split}-{dataset.seed}-{index:06d}"
+def _row_id(split: Split, seed: int, index: int) -> str:
+    return f"{split}-{seed}-{index:06d}"
 
 
 def _png(pixels: npt.NDArray[Any]) -> dict[str, Any]:
@@ -253,7 +339,7 @@ def _view_rows(dataset: MiniWorldDataset) -> Iterator[dict[str, Any]]:
     for index in range(len(dataset)):
         row = dataset.row(index)
         columns: dict[str, Any] = {
-            "id": _row_id(dataset, index),
+            "id": _row_id(dataset.split, dataset.seed, index),
             "category": row.pet.category,
             "category_description": caption(row.pet, row.contexts[0]).removesuffix(f" in {row.contexts[0]}"),
             "n_images": len(row.views),
@@ -270,4 +356,4 @@ def _view_rows(dataset: MiniWorldDataset) -> Iterator[dict[str, Any]]:
 def _distractor_rows(dataset: MiniWorldDataset) -> Iterator[dict[str, Any]]:
     for index in range(len(dataset)):
         pictures = enumerate(dataset.row(index).distractors, start=1)
-        yield {"id": _row_id(dataset, index)} | {f"nimg{i}": _png(r.image) for i, r in pictures}
+        yield {"id": _row_id(dataset.split, dataset.seed, index)} | {f"nimg{i}": _png(r.image) for i, r in pictures}
