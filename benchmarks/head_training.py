@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from nearid_personalize.data.cache import CacheKey, LiveTokens, TokenSource, cache_on_disk, trunk_fingerprint
-from nearid_personalize.encoder import NearIDModel, Preprocessing
+from nearid_personalize.checkpoints import trunk_fingerprint
+from nearid_personalize.data.cache import CacheKey, LiveTokens, TokenSource, cache_on_disk
+from nearid_personalize.encoder import NearIDModel
+from nearid_personalize.preprocessing import Preprocessing
 from nearid_personalize.training.head import HeadOptions, Pooling, batch_loss
 
 

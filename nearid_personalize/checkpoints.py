@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,8 +114,13 @@ def trunk_fingerprint(model: "NearIDModel") -> str:
 
     Raises InputError for a bfloat16 trunk, whose values were rounded otherwise: load it in float32.
     """
+    return weights_fingerprint(model.trunk_state())
+
+
+def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """`trunk_fingerprint` of any model's tensors by name."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.trunk_state().items()):
+    for name, tensor in sorted(tensors.items()):
         if tensor.dtype == torch.bfloat16:
             raise InputError("trunk: held in bfloat16, which has no comparable fingerprint; load it in float32")
         values = tensor.detach().to("cpu", torch.float16).contiguous()

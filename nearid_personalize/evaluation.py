@@ -10,7 +10,8 @@ from torch import Tensor
 
 from nearid_personalize import metrics
 from nearid_personalize.data.cache import Rows, TokenSource, cache_in_memory
-from nearid_personalize.encoder import NearIDModel, Preprocessing
+from nearid_personalize.encoder import NearIDModel
+from nearid_personalize.preprocessing import Preprocessing
 
 Interval = tuple[float, float]
 """Low and high end of a 95 % bootstrap interval over identities."""

@@ -5,6 +5,7 @@ import torch
 from tiles import PREPROCESSING, Tiles, tiny_model
 
 from nearid_personalize import InputError
+from nearid_personalize.checkpoints import trunk_fingerprint
 from nearid_personalize.data import cache as cache_module
 from nearid_personalize.data.cache import (
     CacheKey,
@@ -13,7 +14,6 @@ from nearid_personalize.data.cache import (
     bytes_needed,
     cache_in_memory,
     cache_on_disk,
-    trunk_fingerprint,
 )
 from nearid_personalize.images import preprocess
 

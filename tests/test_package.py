@@ -11,7 +11,7 @@ import pytest
 
 import nearid_personalize
 
-HEAVY = ("diffusers", "peft", "accelerate", "gradio")
+HEAVY = ("datasets", "diffusers", "peft", "accelerate", "gradio")
 COMMANDS = ("quickstart", "score", "generate")
 
 

@@ -20,7 +20,8 @@ from tiles import PREPROCESSING, Tiles, same, tiny_model, weights
 
 from nearid_personalize import InputError
 from nearid_personalize.data.cache import TokenCache, cache_in_memory
-from nearid_personalize.encoder import Preprocessing, load_encoder
+from nearid_personalize.encoder import load_encoder
+from nearid_personalize.preprocessing import Preprocessing
 from nearid_personalize.training.head import (
     HeadOptions,
     Pooling,

@@ -1,35 +1,34 @@
-"""Train an identity head: `accelerate launch trainers/train_head.py --trunk FOLDER --data miniworld --output FOLDER`.
+"""Train an identity head: `accelerate launch trainers/train_head.py --trunk M --data D --output FOLDER`.
 
 Parses the flags, prints the plan, and calls `nearid_personalize.training.head`.
 """
 
-import hashlib
 import shlex
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from accelerate import Accelerator
 
+from nearid_personalize.checkpoints import trunk_fingerprint, weights_fingerprint
+from nearid_personalize.data import OFF, Augmentation, IdentityDataset, Rows, check_disjoint, load_rows
 from nearid_personalize.data.cache import (
     CacheKey,
     LiveTokens,
-    Rows,
-    TokenCache,
+    PixelTransform,
     TokenSource,
     bytes_needed,
     cache_in_memory,
     cache_on_disk,
     free_bytes,
-    trunk_fingerprint,
 )
 from nearid_personalize.data.reconstruct import load_reconstruction
-from nearid_personalize.encoder import NearIDModel, Preprocessing, load_encoder
+from nearid_personalize.encoder import NearIDModel, load_encoder
 from nearid_personalize.errors import InputError
-from nearid_personalize.miniworld.dataset import MiniWorldDataset
+from nearid_personalize.miniworld import rows as miniworld_rows
+from nearid_personalize.preprocessing import Preprocessing
 from nearid_personalize.training.head import (
     HeadOptions,
     HeadResult,
@@ -40,6 +39,8 @@ from nearid_personalize.training.head import (
     train_head,
 )
 
+ROWS_PER_SHARD = 256
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -48,20 +49,28 @@ class Arguments:
     trunk: str
     """Folder or Hub id of a vision model, or of a NearID model to train further."""
     head: Annotated[HeadOptions, tyro.conf.arg(name="")]
-    data: Literal["miniworld"] = "miniworld"
-    """Identities to train on."""
+    data: str = "miniworld"
+    """Identities: a Hub id (Aleksandar/NearID), parquet, a folder of subjects' folders, or the toy world."""
+    distractors: tuple[str, ...] = ()
+    """Further sets of distractors for them: Aleksandar/NearID-Flux, …"""
+    hash_splits: bool = False
+    """Identities whose split the data does not tell get one by a hash of their id (80 / 10 / 10 %)."""
     num_identities: int = 3000
-    """Training identities."""
+    """Training identities of the toy world; other data: all of its training split."""
     num_validation: int = 300
-    """Validation identities; none of them is a training one."""
+    """Validation identities, none of them a training one; 0: none. Other data: at most as many of its split val."""
     num_views: int = 3
     """Views of each identity, and as many distractors."""
     min_changes: int = 1
-    """Fewest attributes in which a training distractor differs (validation: 2 to 4): 1 teaches the finest drift."""
+    """Toy world: fewest attributes in which a training distractor differs; 1 teaches the finest drift."""
     max_changes: int = 4
-    """Most attributes in which a training distractor differs."""
+    """Toy world: most attributes in which a training distractor differs."""
     data_seed: int = 0
-    """Which identities."""
+    """Toy world: which identities. Other data: draws of sources and augmentations."""
+    augment: bool = False
+    """Vary pictures as the paper does: black backgrounds, colour jitter, flip, shift, scale."""
+    variants: int = 1
+    """Versions of every picture (its augmentation, its row's distractor source) that are taken in turn."""
     reconstruct_with: Path | None = None
     """Folder of a diffusers pipeline: a share of the pictures passes through its autoencoder."""
     reconstructed: float = 0.3
@@ -83,38 +92,63 @@ class Arguments:
             ("--num-views", self.num_views, 2),
             ("--min-changes", self.min_changes, 1),
             ("--max-changes", self.max_changes, self.min_changes),
+            ("--variants", self.variants, 1),
             ("--num-workers", self.num_workers, 0),
         ):
             if value < least:
                 raise InputError(f"{flag} must be at least {least}, got {value}")
 
 
+def open_rows(arguments: Arguments) -> tuple[Rows, Rows | None]:
+    """Training rows and, unless none are wanted, validation rows; no identity is in both."""
+    wanted = arguments.num_validation
+    if arguments.data == "miniworld":
+        sources = {"similar": (arguments.min_changes, arguments.max_changes)}
+        train = miniworld_rows(
+            "train", arguments.num_identities, arguments.num_views, sources, seed=arguments.data_seed
+        )
+        held_out = miniworld_rows("val", wanted, arguments.num_views, seed=seed) if wanted else None
+    else:
+        whole = load_rows(arguments.data, arguments.distractors, hash_splits=arguments.hash_splits)
+        train = whole.split("train")
+        held_out = whole.split("val")[:wanted] if wanted else None
+    if held_out is not None:
+        check_disjoint(train, held_out)
+    return train, held_out
+
+
 def open_tokens(
-    arguments: Arguments, model: NearIDModel, preprocessing: Preprocessing, rows: Rows, accelerator: Accelerator
+    arguments: Arguments,
+    model: NearIDModel,
+    preprocessing: Preprocessing,
+    dataset: IdentityDataset,
+    accelerator: Accelerator,
 ) -> TokenSource:
     """The training rows' tokens: from a cache that is written first where it is missing, or live."""
-    transform = None
-    facts = f"{arguments.num_views} {arguments.num_identities} {arguments.data_seed} {arguments.min_changes} "
-    facts += f"{arguments.max_changes}"
+    transform: PixelTransform | None = None
+    varied = ""
     if arguments.reconstruct_with:
         transform = load_reconstruction(arguments.reconstruct_with, arguments.reconstructed)
-        facts += f" {transform.share} {transform.latent_noise} {trunk_fingerprint(transform.autoencoder)}"
+        weights = weights_fingerprint(transform.autoencoder.state_dict())
+        varied = f"reconstructed {transform.share} {transform.latent_noise} {weights}"
     folder = arguments.token_folder or arguments.head.output / "tokens"
     kind = arguments.tokens
     if kind == "auto":
-        needed = bytes_needed(model, rows, preprocessing, len(rows))  # type: ignore[arg-type]
+        needed = bytes_needed(model, dataset, preprocessing, len(dataset) * arguments.variants)
         kind = "disk" if needed < free_bytes(folder) else "live"
         if kind == "live":
             accelerator.print(f"tokens: {needed / 1e9:.1f} GB do not fit on the disk of {folder}; the trunk runs live")
     if kind == "live":
-        mask = torch.ones(len(rows), arguments.num_views, dtype=torch.bool)  # type: ignore[arg-type]
-        return LiveTokens(model, lambda variant: rows, mask, preprocessing, transform)
-    key = CacheKey(trunk_fingerprint(model), preprocessing, (hashlib.sha256(facts.encode()).hexdigest(),), 256)
+        return LiveTokens(
+            model, lambda variant: replace(dataset, variant=variant), dataset.view_mask, preprocessing, transform
+        )
+    variants = [replace(dataset, variant=variant) for variant in range(arguments.variants)]
+    names = tuple(f"{variant.fingerprint} {varied}" for variant in variants)
     return cache_on_disk(
         folder,
-        key,
+        CacheKey(trunk_fingerprint(model), preprocessing, names, ROWS_PER_SHARD),
         model,
-        [rows],
+        variants,
         preprocessing,
         transform,
         num_workers=arguments.num_workers,
@@ -123,14 +157,13 @@ def open_tokens(
     )
 
 
-def show_plan(arguments: Arguments, model: NearIDModel, preprocessing: Preprocessing) -> None:
+def show_plan(arguments: Arguments, model: NearIDModel, preprocessing: Preprocessing, rows: Rows) -> None:
     """Print what is going to be trained on what."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    validated = f"at most {arguments.num_validation} to validate" if arguments.num_validation else "none to validate"
     print(f"trunk       {arguments.trunk}: {model.num_parameters():,} parameters, {trained:,} of them trained")
     print(f"pictures    {preprocessing.size} x {preprocessing.size} pixels")
-    print(
-        f"identities  {arguments.num_identities} + {arguments.num_validation} to validate, {arguments.num_views} views"
-    )
+    print(f"identities  {len(rows)} of {rows.name}, distractors {', '.join(rows.sources) or 'none'}; {validated}")
     for name, value in asdict(arguments.head).items():
         print(f"{name:30}{value}")
 
@@ -140,9 +173,10 @@ def run(arguments: Arguments) -> HeadResult | None:
     arguments.check()
     model, preprocessing, _ = load_encoder(arguments.trunk)
     model.freeze_trunk()
+    train, held_out = open_rows(arguments)
     accelerator = accelerator_for(arguments.head)
     if accelerator.is_main_process:
-        show_plan(arguments, model, preprocessing)
+        show_plan(arguments, model, preprocessing, train)
     if arguments.dry_run:
         return None
     if arguments.head.resume and is_finished(arguments.head):
@@ -150,16 +184,28 @@ def run(arguments: Arguments) -> HeadResult | None:
         return None
     make_folder(arguments.head.output)
     model.to(accelerator.device)
-    changes = (arguments.min_changes, arguments.max_changes)
-    rows = MiniWorldDataset("train", arguments.num_identities, arguments.num_views, arguments.data_seed, changes)
-    source = open_tokens(arguments, model, preprocessing, rows, accelerator)
-    validation: TokenCache | None = None
-    if arguments.num_validation:
-        held_out = MiniWorldDataset("val", arguments.num_validation, arguments.num_views, arguments.data_seed)
-        validation = cache_in_memory(model, held_out, preprocessing, num_workers=arguments.num_workers)
+    dataset = IdentityDataset(
+        train,
+        preprocessing.size,
+        arguments.num_views,
+        arguments.data_seed,
+        augmentation=Augmentation() if arguments.augment else OFF,
+    )
+    source = open_tokens(arguments, model, preprocessing, dataset, accelerator)
+    validation = None
+    if held_out is not None:
+        plain = IdentityDataset(held_out, preprocessing.size, arguments.num_views)
+        validation = cache_in_memory(model, plain, preprocessing, num_workers=arguments.num_workers)
     result = train_head(arguments.head, model, source, validation, accelerator)
     if accelerator.is_main_process:
-        facts = {"command": shlex.join(["trainers/train_head.py", *sys.argv[1:]])}
+        facts = {
+            "command": shlex.join(["trainers/train_head.py", *sys.argv[1:]]),
+            "trunk": arguments.trunk,
+            "data": train.name,
+            "sources": list(train.sources),
+            "num_identities": len(train),
+            "num_validation": 0 if held_out is None else len(held_out),
+        }
         export(arguments.head, model, preprocessing, result, facts)
         for step, retrieval in result.validation.items():
             low, high = retrieval.ssr_interval

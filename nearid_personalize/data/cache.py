@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from nearid_personalize.encoder import NearIDModel, Preprocessing
+from nearid_personalize.encoder import NearIDModel
 from nearid_personalize.errors import InputError
-from nearid_personalize.images import preprocess, write_atomically
+from nearid_personalize.images import write_atomically
+from nearid_personalize.preprocessing import Preprocessing
 
 Rows = Dataset[dict[str, Tensor]]
 """Items: `views`, `distractors` float [V,3,H,W] in [0, 1]; `view_mask`, `distractor_mask` bool [V]."""
@@ -37,8 +38,9 @@ PixelTransform = Callable[[Tensor, int], Tensor]
 class TokenSource(Protocol):
     """Where the head's training gets its tokens: a cache, or the trunk itself."""
 
-    view_mask: Tensor
-    """Bool [N,V]: which views there are."""
+    @property
+    def view_mask(self) -> Tensor:
+        """Bool [N,V]: which views there are."""
 
     def __len__(self) -> int: ...
 
@@ -122,8 +124,7 @@ def tokens_of(
     chosen = pictures[valid].to(model.device)
     if transform:
         chosen = transform(chosen, seed)
-    pixels = preprocess(chosen, preprocessing.size, preprocessing.mean, preprocessing.std)
-    return model.tokens(pixels.to(model.dtype)), valid
+    return model.tokens(preprocessing(chosen)), valid
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -272,13 +273,3 @@ def _map_shards(paths: list[list[Path]]) -> TokenCache:
 
 def _length(rows: Any) -> int:
     return len(rows)
-
-
-def trunk_fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 of a frozen model's weights, names included; a `NearIDModel`'s head stays out of it."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if not name.startswith("backbone.head."):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -1,5 +1,6 @@
 """Rows -> the tensors that training and measuring take."""
 
+import hashlib
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,22 @@ class IdentityDataset(Dataset[dict[str, Tensor]]):
         if unknown:
             known = ", ".join(self.rows.sources) or "none"
             raise InputError(f"{self.rows.name}: no distractors called {min(unknown)!r}; there are: {known}")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of what the items are: rows and every choice of theirs."""
+        choices = (self.size, self.num_slots, self.seed, self.variant, self.sources, self.augmentation)
+        return hashlib.sha256(f"{self.rows.fingerprint} {choices}".encode()).hexdigest()
+
+    @property
+    def view_mask(self) -> Tensor:
+        """Bool `[N,V]`: which views of each row there are in this variant; no picture is decoded."""
+        mask = torch.zeros(len(self), self.num_slots, dtype=torch.bool)
+        for index, row in enumerate(self.rows):
+            rng = random.Random(f"{self.seed}/{self.variant}/{row.id}")
+            slots = _drawn_slots(row.views, self.num_slots, rng)
+            mask[index, : len(slots)] = torch.tensor([_present(row.views, slot) for slot in slots])
+        return mask
 
     def __len__(self) -> int:
         return len(self.rows)

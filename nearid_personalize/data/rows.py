@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TypeAlias, overload
 
 import numpy as np
@@ -112,6 +113,8 @@ class Rows(Sequence[Row]):
     """Names of the distractor sources that rows may have."""
     read: Callable[[int], Row] = field(repr=False)
     """Position in [0, len) -> row; its split is set from `splits`."""
+    version: str = field(default="", repr=False)
+    """Changes when pictures may have changed under the same names and ids: files' sizes, a world's settings."""
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
@@ -128,6 +131,11 @@ class Rows(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> "Row | Rows":
         found = range(len(self))[index]
         return replace(self.read(found), split=self.splits[found]) if isinstance(found, int) else self.select(found)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of what the rows are: name, version, ids."""
+        return hashlib.sha256(repr((self.name, self.version, self.sources, self.ids)).encode()).hexdigest()
 
     @property
     def split_names(self) -> tuple[str, ...]:
@@ -179,6 +187,12 @@ class RowStream(Iterable[Row]):
 
     def __iter__(self) -> Iterator[Row]:
         return self.read()
+
+
+def file_versions(paths: Iterable[Path]) -> str:
+    """Names, sizes and times of files: changes when one of them is replaced. Reads none of them."""
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def check_split_name(name: str) -> None:

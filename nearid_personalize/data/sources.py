@@ -16,7 +16,7 @@ from typing import Any
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import list_images
 
-from .rows import NO_SPLITS, SPLITS, Row, Rows, RowStream, Slots, check_split_name, hash_split
+from .rows import NO_SPLITS, SPLITS, Row, Rows, RowStream, Slots, check_split_name, file_versions, hash_split
 
 DISTRACTORS = "distractors"
 """Name of the folder of a subject's distractors, and of that source."""
@@ -137,7 +137,15 @@ def _folder_rows(root: Path, distractors: Sequence[str | Path]) -> Rows:
     if not rows:
         raise InputError(f"{root}: no subjects; give a folder that holds one folder of pictures per subject")
     sources = (DISTRACTORS,) if any(row.distractors for row in rows) else ()
-    return Rows(str(root), tuple(row.id for row in rows), tuple(row.split for row in rows), sources, rows.__getitem__)
+    pictures = [path for row in rows for path in (*row.views, *row.distractors.get(DISTRACTORS, ())) if path]
+    return Rows(
+        str(root),
+        tuple(row.id for row in rows),
+        tuple(row.split for row in rows),
+        sources,
+        rows.__getitem__,
+        version=file_versions(pictures),  # type: ignore[arg-type]
+    )
 
 
 def _folders(root: Path) -> list[Path]:

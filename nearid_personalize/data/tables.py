@@ -18,7 +18,7 @@ import pyarrow.parquet  # type: ignore[import-untyped]
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import ImageSource
 
-from .rows import Picture, Row, Rows, RowStream, Slots, refuse_repeated
+from .rows import Picture, Row, Rows, RowStream, Slots, file_versions, refuse_repeated
 
 NEARID = "Aleksandar/NearID"
 NEARID_SPLITS = {"train": 18_786, "val": 100, "test": 500}
@@ -216,7 +216,9 @@ def table_rows(views: Table, others: Sequence[Table]) -> Rows:
             _check_same_ids(views, mine, other, theirs, position)
     tables = (views, *others)
     wholes = [datasets.concatenate_datasets(list(table.parts.values())).with_format("arrow") for table in tables]
-    return Rows(views.place, ids, _splits(views), _sources(tables), partial(_read, tables, wholes, ids))
+    files = [Path(file["filename"]) for whole in wholes for file in whole.cache_files]
+    read = partial(_read, tables, wholes, ids)
+    return Rows(views.place, ids, _splits(views), _sources(tables), read, version=file_versions(files))
 
 
 def table_stream(views: Table, others: Sequence[Table]) -> RowStream:

@@ -131,7 +131,8 @@ def rows(
     check_split(split)
     ids = tuple(_row_id(split, seed, index) for index in range(num_subjects))
     read = partial(_row, split, num_views, dict(sources), wide, seed)
-    return Rows(f"mini-world {split}", ids, (split,) * num_subjects, tuple(sources), read)
+    version = repr((num_views, dict(sources), wide))
+    return Rows(f"mini-world {split}", ids, (split,) * num_subjects, tuple(sources), read, version)
 
 
 def _row(
@@ -272,7 +273,7 @@ def part_edits(split: Split, num_edits: int, attribute: str | None = None, wide:
     check_split(split)
     ids = tuple(_edit_id(split, seed, attribute, index) for index in range(num_edits))
     read = partial(_edit_row, split, attribute, wide, seed)
-    return Rows(f"mini-world part edits {split}", ids, (split,) * num_edits, ("edit",), read)
+    return Rows(f"mini-world part edits {split}", ids, (split,) * num_edits, ("edit",), read, repr(wide))
 
 
 def _edit_row(split: Split, attribute: str | None, wide: bool, seed: int, index: int) -> Row:

@@ -24,11 +24,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from nearid_personalize.data.cache import TokenCache, TokenSource
-from nearid_personalize.encoder import NearIDModel, Preprocessing
+from nearid_personalize.encoder import NearIDModel
 from nearid_personalize.errors import InputError
 from nearid_personalize.evaluation import Retrieval, evaluate_tokens, into_slots
 from nearid_personalize.images import write_atomically
 from nearid_personalize.losses import gather_rows, info_nce_loss, two_tier_loss
+from nearid_personalize.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -364,7 +365,7 @@ def save_model(model: NearIDModel, preprocessing: Preprocessing, folder: Path) -
         model.save_pretrained(scratch, save_original_format=False)
         for path in Path(scratch).iterdir():
             os.replace(path, folder / path.name)
-    write_atomically(folder / "preprocessor_config.json", preprocessing.to_json())
+    preprocessing.save(folder)
 
 
 def export(
