@@ -11,7 +11,7 @@ from conftest import checkered
 from test_data_rows import one_line
 from torch.utils.data import DataLoader
 
-from nearid_personalize.data import OFF, Augmentation, IdentityDataset, Row, Rows
+from nearid_personalize.data import OFF, Augmentation, IdentityDataset, Row, Rows, RowStream
 from nearid_personalize.images import preprocess
 from nearid_personalize.miniworld import MiniWorldDataset, part_edit, part_edits, rows
 
@@ -56,6 +56,10 @@ def test_one_source_per_row_and_variant_and_gaps_filled_from_the_others():
         for k in range(200)
     )  # fmt: skip
     assert set(seen) == {(11, 12, 13), (11, 22, 13)} and min(seen.values()) > 60
+    one, other = (replace(dataset, sources=names) for names in (("flux", "qwen"), ("qwen", "flux")))
+    for variant in range(20):  # the order in which sources are listed decides nothing
+        items = [replace(listed, variant=variant)[0] for listed in (one, other)]
+        assert torch.equal(items[0]["distractors"], items[1]["distractors"])
     alone = replace(dataset, sources=("flux",))
     assert {value(replace(alone, variant=k)[0]["distractors"][1]) for k in range(20)} == {12}
 
@@ -96,6 +100,17 @@ def test_workers_and_pickling_change_nothing():
     (batch,) = DataLoader(dataset, batch_size=3, num_workers=1)
     assert torch.equal(batch["views"], alone)
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[2]["distractors"], dataset[2]["distractors"])
+
+
+def test_a_stream_gives_the_items_of_its_rows_loaded():
+    world = rows("val", 2)
+    loaded = IdentityDataset(world, size=16, augmentation=Augmentation())
+    streamed = replace(loaded, rows=RowStream("stream", world.sources, world.__iter__))
+    for one, other in zip(loaded, streamed, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    for ask in (len, lambda stream: stream[0]):
+        with pytest.raises(AssertionError, match="stream"):
+            ask(streamed)
 
 
 def test_backgrounds_go_black_as_often_as_said():

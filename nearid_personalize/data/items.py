@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -17,7 +17,7 @@ from nearid_personalize.errors import InputError
 from nearid_personalize.images import preprocess
 
 from .augment import OFF, Augmentation, augment
-from .rows import Row, Rows, Slots
+from .rows import Row, Rows, RowStream, Slots
 
 T = TypeVar("T")
 
@@ -28,13 +28,14 @@ class IdentityDataset(Dataset[dict[str, Tensor]]):
     `distractor_mask`, bool `[V]`: False (and zeros) where there is none. Distractor k lies on view k's background.
 
     An item is a pure function of (seed, variant, the row): not of its position, its neighbours or the worker.
-    `dataclasses.replace(dataset, variant=k)` is the k-th variant of every row, for an epoch or for a cache.
+    `dataclasses.replace(dataset, variant=k)` is the k-th variant of every row, for an epoch or for a cache. A stream
+    gives the items that its rows would give when loaded; it can be iterated, by one process, and not indexed.
 
     Raises:
         InputError: no rows, a source that they do not have, sizes below 1.
     """
 
-    rows: Rows
+    rows: Rows | RowStream
     size: int
     """Side of the pictures, pixels; other shapes are squashed."""
     num_slots: int = 3
@@ -50,7 +51,7 @@ class IdentityDataset(Dataset[dict[str, Tensor]]):
         for name in ("size", "num_slots"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if not self.rows:
+        if isinstance(self.rows, Rows) and not self.rows:
             raise InputError(f"{self.rows.name}: no rows")
         unknown = set(self.sources or ()) - set(self.rows.sources)
         if unknown:
@@ -74,16 +75,21 @@ class IdentityDataset(Dataset[dict[str, Tensor]]):
         return mask
 
     def __len__(self) -> int:
+        assert isinstance(self.rows, Rows), "a stream has no length"
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        assert isinstance(self.rows, Rows), "a stream can only be iterated"
         return self.item(self.rows[index])
 
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return map(self.item, self.rows)
+
     def item(self, row: Row) -> dict[str, Tensor]:
-        """The item of a row, one of `rows` or not (of a stream, say)."""
+        """The item of one row."""
         rng = random.Random(f"{self.seed}/{self.variant}/{row.id}")
         slots = _drawn_slots(row.views, self.num_slots, rng)
-        sources = _shuffled(row.distractors if self.sources is None else self.sources, rng)
+        sources = _shuffled(sorted(row.distractors if self.sources is None else self.sources), rng)
         pictures = torch.zeros(2, self.num_slots, 3, self.size, self.size)
         valid = torch.zeros(2, self.num_slots, dtype=torch.bool)
         for place, slot in enumerate(slots):

@@ -95,7 +95,7 @@ class Row:
 
 def _positive(mask: Image.Image | None) -> Tensor | None:
     """Which pixels of a mask are > 0, bool [H,W]."""
-    return None if mask is None else torch.from_numpy(np.asarray(mask).any(axis=2))
+    return None if mask is None else torch.from_numpy(np.asarray(mask.convert("L")) > 0)
 
 
 @dataclass(frozen=True, eq=False)
