@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     CLIPConfig,
     CLIPModel,
@@ -169,6 +170,7 @@ def test_a_head_alone_finds_its_trunk_again(pixels, tmp_path, make_trunk):
     written = load_file(tmp_path / "head" / "head.safetensors")
     assert written.keys() == model.head.state_dict().keys()
     assert head_trunk(tmp_path / "head") == (str(tmp_path / "trunk"), trunk_fingerprint(model))
+    assert AutoConfig.from_pretrained(tmp_path / "head").vision_config == model.config.vision_config
     again, preprocessing, folder = load_encoder(tmp_path / "head")
     assert preprocessing == PREPROCESSING and folder == tmp_path / "head"
     assert torch.equal(again.get_image_features(pixels), model.get_image_features(pixels))
