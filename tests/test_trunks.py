@@ -116,11 +116,10 @@ def test_a_bare_trunk_loads_from_its_folder(family, pixels, tmp_path):
     model, preprocessing, _ = load_encoder(tmp_path)
     assert preprocessing == default_preprocessing(trunk.config) and model.head is not None
     expected = NearIDModel.from_vision_model(trunk)
-    assert torch.allclose(model.get_image_features(pixels), expected.get_image_features(pixels), atol=1e-2)
-    assert torch.allclose(
-        model.frozen_pool(model.tokens(pixels)), expected.frozen_pool(model.tokens(pixels)), atol=1e-2
-    )
-    assert torch.allclose(model.tokens(pixels), expected.tokens(pixels), atol=1e-6)
+    tokens = model.tokens(pixels)
+    assert torch.allclose(tokens, expected.tokens(pixels), atol=1e-6)
+    # A probe drawn anew is as faint as another, so both start as nearly the same head.
+    assert torch.allclose(model.pool(tokens), expected.pool(tokens), atol=1e-6 if family in POOLS_ITSELF else 1e-2)
 
 
 def test_a_fresh_model_is_initialised_whole(family):
