@@ -53,11 +53,11 @@ class Options:
     """Where the model is."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the trunk; the head is in float32."""
-    num_images: int = 16
+    num_images: int = 8
     """Pictures per repeat."""
-    batch_size: int = 8
+    batch_size: int = 4
     """Pictures per forward pass."""
-    repeats: int = 5
+    repeats: int = 7
     """Rounds; each times every way once, in turn, so that a busy machine slows all of them."""
     file_side: int = 512
     """Pixels of the side of the JPEG files."""

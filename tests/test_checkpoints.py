@@ -7,21 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     CLIPConfig,
     CLIPModel,
     Dinov2Config,
     Dinov2Model,
+    Siglip2Config,
+    Siglip2Model,
     SiglipConfig,
     SiglipModel,
     SiglipVisionConfig,
     SiglipVisionModel,
-)
-from transformers import (
-    Siglip2Config as NaflexConfig,
-)
-from transformers import (
-    Siglip2Model as NaflexModel,
 )
 
 from nearid_personalize.checkpoints import (
@@ -169,6 +166,8 @@ def test_a_head_alone_finds_its_trunk_again(pixels, tmp_path, make_trunk):
     written = load_file(tmp_path / "head" / "head.safetensors")
     assert written.keys() == model.head.state_dict().keys()
     assert head_trunk(tmp_path / "head") == (str(tmp_path / "trunk"), trunk_fingerprint(model))
+    config = AutoConfig.from_pretrained(tmp_path / "head")
+    assert config.model_type == "nearid" and config.vision_config.model_type == model.config.vision_config.model_type
     again, preprocessing, folder = load_encoder(tmp_path / "head")
     assert preprocessing == PREPROCESSING and folder == tmp_path / "head"
     assert torch.equal(again.get_image_features(pixels), model.get_image_features(pixels))
@@ -248,11 +247,11 @@ def test_files_that_are_no_head_are_refused(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("whole", "config"), [(SiglipModel, SiglipConfig), (NaflexModel, NaflexConfig), (CLIPModel, CLIPConfig)]
+    ("whole", "config"), [(SiglipModel, SiglipConfig), (Siglip2Model, Siglip2Config), (CLIPModel, CLIPConfig)]
 )
 def test_the_vision_half_of_a_text_and_image_checkpoint_loads(tmp_path, whole, config, capfd):
     torch.manual_seed(0)
-    place = {"num_patches": 16} if config is NaflexConfig else {"image_size": 32}
+    place = {"num_patches": 16} if config is Siglip2Config else {"image_size": 32}
     text = {**SHAPE, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     both = moved(whole(config(vision_config={**SHAPE, **place, "patch_size": 8}, text_config=text)))
     both.save_pretrained(tmp_path / "both")

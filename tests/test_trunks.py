@@ -12,7 +12,7 @@ from transformers import Siglip2VisionConfig as Siglip2
 from transformers import SiglipVisionConfig as Siglip
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
-from nearid_personalize.encoder import NearIDConfig, NearIDModel
+from nearid_personalize.encoder import NearIDConfig, NearIDModel, load_encoder
 from nearid_personalize.preprocessing import Preprocessing
 from nearid_personalize.trunks import TRUNK_TYPES, default_preprocessing
 
@@ -107,6 +107,19 @@ def test_outputs_and_a_round_trip(family, pixels, tmp_path):
     assert torch.allclose(again(pixels).image_embeds, out.image_embeds, atol=1e-5)
     prefix = "backbone.head." if family in POOLS_ITSELF else "pooling_head."
     assert {name for name in model.state_dict() if "head." in name} == {prefix + n for n in model.head.state_dict()}
+
+
+@torch.no_grad()
+def test_a_bare_trunk_loads_from_its_folder(family, pixels, tmp_path):
+    trunk = tiny_trunk(family)
+    trunk.save_pretrained(tmp_path)
+    model, preprocessing, _ = load_encoder(tmp_path)
+    assert preprocessing == default_preprocessing(trunk.config) and model.head is not None
+    expected = NearIDModel.from_vision_model(trunk)
+    tokens = model.tokens(pixels)
+    assert torch.allclose(tokens, expected.tokens(pixels), atol=1e-6)
+    # A probe drawn anew is as faint as another, so both start as nearly the same head.
+    assert torch.allclose(model.pool(tokens), expected.pool(tokens), atol=1e-6 if family in POOLS_ITSELF else 1e-2)
 
 
 def test_a_fresh_model_is_initialised_whole(family):
