@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
@@ -29,6 +29,7 @@ from nearid_personalize.report import (
     Tile,
     candidate_tiles,
     contact_sheet,
+    evaluation_report,
     generation_report,
     score_report,
     to_json,
@@ -39,6 +40,7 @@ from nearid_personalize.selection import rank_candidates
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from nearid_personalize.data import Rows
     from nearid_personalize.guard import GuardResult
     from nearid_personalize.scorer import IdentityScorer, Subject
     from nearid_personalize.training.lora import LoraOptions
@@ -147,12 +149,43 @@ class Generate:
         _at_least("max-batch-size", self.max_batch_size, 1)
 
 
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure an encoder on identities and their near-identity distractors: SSR, PA, M-O, with 95 % intervals."""
+
+    data: str
+    """Identities: a Hub id (Aleksandar/NearID), parquet, a folder of subjects' folders, or "miniworld"."""
+    model: str = RELEASED_MODEL
+    """NearID encoder: Hub id, folder, or "miniworld" (for the toy world only)."""
+    trunk: str | None = None
+    """The encoder's frozen trunk, measured beside it: Hub id or folder. Default: of --model miniworld its own."""
+    distractors: tuple[str, ...] = ()
+    """Further sets of distractors for the identities: Aleksandar/NearID-Flux, …; each source is measured by itself."""
+    split: Literal["train", "val", "test", "all"] = "test"
+    """Which of the data's splits; all: the whole of data that has none."""
+    limit: int = 0
+    """Measure the first so many identities only; 0: all (of the toy world: 500)."""
+    num_views: int = 3
+    """Views of each identity that are compared, at most."""
+    out: Path | None = None
+    """Folder for report.json. Default: nothing is written."""
+    device: Device = "auto"
+    """Where the encoder runs."""
+    json: bool = False
+    """Print the report to stdout as JSON, and nothing else."""
+
+    def __post_init__(self) -> None:
+        _at_least("limit", self.limit, 0)
+        _at_least("num-views", self.num_views, 2)
+
+
 Command: TypeAlias = (
     Annotated[Quickstart, tyro.conf.subcommand("quickstart")]
     | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
 )
-COMMANDS = ("quickstart", "score", "generate")
+COMMANDS = ("quickstart", "score", "generate", "evaluate")
 
 
 def _at_least(flag: str, value: int, least: int) -> None:
@@ -214,6 +247,8 @@ def run(command: Command) -> int:
         return run_quickstart(command)
     if isinstance(command, Score):
         return run_score(command)
+    if isinstance(command, Evaluate):
+        return run_evaluate(command)
     return run_generate(command)
 
 
@@ -302,6 +337,80 @@ def run_generate(options: Generate) -> int:
     lora = None if options.lora is None else str(options.lora)
     models = {"base": options.base_model, "lora": lora, "scorer": options.model}
     return _finish_generation(result, references, models, clock, options.out, options.json)
+
+
+def run_evaluate(options: Evaluate) -> int:
+    """`nearid evaluate`."""
+    from nearid_personalize.encoder import load_encoder
+    from nearid_personalize.evaluation import evaluate_rows
+
+    if options.out is not None:
+        check_writable(options.out)
+    rows = evaluation_rows(options)
+    encoders = {"encoder": options.model}
+    if options.trunk is not None or options.model == "miniworld":
+        encoders["frozen trunk"] = options.trunk or "miniworld"
+    _say(options.json, f"plan: {len(rows)} identities of {rows.name}, distractors {', '.join(rows.sources)}")
+    clock = Stopwatch()
+    results = []
+    for name, place in encoders.items():
+        with clock.stage(name):
+            folder = _packaged(place, "nearid" if name == "encoder" else "siglip")
+            model, preprocessing, _ = load_encoder(folder)
+            model = model.to(choose_device(options.device))
+            frozen = name != "encoder"
+            measured = evaluate_rows(model, preprocessing, rows, options.num_views, frozen, not options.json)
+        results += [{"encoder": name, "source": source, **asdict(found)} for source, found in measured.items()]
+    report = evaluation_report(rows.name, options.split, results, encoders, clock.seconds)
+    if options.out is not None:
+        write_report(report, options.out / "report.json")
+    if options.json:
+        sys.stdout.write(to_json(report))
+    else:
+        print(evaluation_table(results))
+    return DONE
+
+
+def evaluation_rows(options: Evaluate) -> "Rows":
+    """The rows that `nearid evaluate` measures; at least one of them has distractors."""
+    from nearid_personalize.data import load_rows
+
+    if options.data == "miniworld":
+        from nearid_personalize import miniworld
+
+        split = options.split
+        if split == "all":
+            raise InputError("--split all: the toy world is endless; give train, val or test")
+        return miniworld.rows(split, options.limit or 500, options.num_views)
+    rows = load_rows(options.data, options.distractors, None if options.split == "all" else options.split)
+    if not rows.sources:
+        raise InputError(f"{options.data}: no distractors to tell the identities from; name sets with --distractors")
+    return rows[: options.limit] if options.limit else rows
+
+
+def evaluation_table(results: Sequence[dict]) -> str:
+    """Measurements as aligned text: one line per encoder and distractor source."""
+    lines = [f"{'encoder':13} {'distractors':12} {'n':>6}  {'SSR':24} {'PA':24} {'M-O':24} M-O pair"]
+    for found in results:
+        cells = [_with_interval(found[name], found[f"{name}_interval"]) for name in ("ssr", "pa", "m_o", "m_o_pair")]
+        lines.append(
+            f"{found['encoder']:13} {found['source']:12} {found['num_identities']:6}  "
+            + " ".join(f"{cell:24}" for cell in cells).rstrip()
+        )
+    return "\n".join(lines)
+
+
+def _with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
+    return "-" if value is None or interval is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+def _packaged(name: str, kind: str) -> str:
+    """The folder of a packaged toy model for "miniworld", else the name itself."""
+    if name != "miniworld":
+        return name
+    from nearid_personalize.miniworld import weights_dir
+
+    return str(weights_dir(kind))
 
 
 def run_quickstart(options: Quickstart) -> int:

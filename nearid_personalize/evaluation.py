@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from nearid_personalize import metrics
-from nearid_personalize.data.cache import Rows, TokenSource, cache_in_memory
+from nearid_personalize.data import IdentityDataset, Rows
+from nearid_personalize.data.cache import Items, LiveTokens, TokenSource, cache_in_memory
 from nearid_personalize.encoder import NearIDModel
 from nearid_personalize.preprocessing import Preprocessing
+
+ROWS_PER_BATCH = 32
 
 Interval = tuple[float, float]
 """Low and high end of a 95 % bootstrap interval over identities."""
@@ -34,21 +38,53 @@ class Retrieval:
     m_o_pair_interval: Interval | None = None
 
 
+def evaluate_rows(
+    model: NearIDModel,
+    preprocessing: Preprocessing,
+    rows: Rows,
+    num_views: int = 3,
+    frozen: bool = False,
+    show: bool = False,
+) -> dict[str, Retrieval]:
+    """A model's figures on rows, by distractor source; those of part edits with M-O. No picture is held for long.
+
+    frozen: measure the trunk's own pooled output instead of the head's, see `NearIDModel.frozen_pool`.
+
+    Raises InputError when a picture cannot be read.
+    """
+    oracles = [row.oracle for row in tqdm(rows, desc="oracle", disable=not show, leave=False)]
+    oracle = None
+    if all(found is not None and len(found) == 2 for found in oracles):
+        oracle = torch.tensor([list(found) for found in oracles if found], dtype=torch.float64)
+    measured = {}
+    for name in rows.sources:
+        dataset = IdentityDataset(rows, preprocessing.size, num_views, sources=(name,))
+        live = LiveTokens(model, lambda _, dataset=dataset: dataset, dataset.view_mask, preprocessing)  # type: ignore[misc]
+        measured[name] = evaluate_tokens(model, live, oracle, frozen=frozen, show=show)
+    return measured
+
+
 def evaluate_retrieval(
-    model: NearIDModel, rows: Rows, preprocessing: Preprocessing, num_workers: int = 0, seed: int = 0
+    model: NearIDModel, rows: Items, preprocessing: Preprocessing, num_workers: int = 0, seed: int = 0
 ) -> Retrieval:
     """SSR and PA of a model on rows of pictures; `seed` is the bootstrap's."""
     return evaluate_tokens(model, cache_in_memory(model, rows, preprocessing, num_workers=num_workers), seed=seed)
 
 
 def evaluate_tokens(
-    model: NearIDModel, source: TokenSource, oracle: Tensor | None = None, seed: int = 0, num_resamples: int = 2000
+    model: NearIDModel,
+    source: TokenSource,
+    oracle: Tensor | None = None,
+    seed: int = 0,
+    num_resamples: int = 2000,
+    frozen: bool = False,
+    show: bool = False,
 ) -> Retrieval:
     """SSR, PA and, given an oracle [N,2] for rows of two views, M-O of a model's head on tokens of its trunk.
 
     From a cache this takes seconds, and several heads can share it; live tokens need no room for any number of rows.
     """
-    views, distractors = identity_similarities(model, source)
+    views, distractors = identity_similarities(model, source, frozen, show)
     counts = metrics.won_and_valid(metrics.identity_margins(views, distractors))
 
     def interval(values: Tensor, statistic) -> Interval:
@@ -79,13 +115,17 @@ def _m_o_pair(edits: Tensor) -> float:
 
 
 @torch.no_grad()
-def identity_similarities(model: NearIDModel, source: TokenSource) -> tuple[Tensor, Tensor]:
+def identity_similarities(
+    model: NearIDModel, source: TokenSource, frozen: bool = False, show: bool = False
+) -> tuple[Tensor, Tensor]:
     """Cosines [N,V,V] between views, and of view i with the distractor on view j's context; NaN where absent."""
+    pool = model.frozen_pool if frozen else model.pool
     views: list[Tensor] = []
     distractors: list[Tensor] = []
-    for rows in torch.arange(len(source)).split(64):
+    batches = torch.arange(len(source)).split(ROWS_PER_BATCH)
+    for rows in tqdm(batches, desc="embed", disable=not show, leave=False):
         tokens, valid = source.read(rows, 0)
-        embeddings = into_slots(model.pool(tokens.to(model.device)), valid).cpu()
+        embeddings = into_slots(pool(tokens.to(model.device)), valid).cpu()
         for kind, out in ((0, views), (1, distractors)):
             cosine = embeddings[:, 0] @ embeddings[:, kind].transpose(1, 2)  # [B,V,V]
             out.append(cosine.masked_fill(~(valid[:, 0, :, None] & valid[:, kind, None, :]), float("nan")))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -226,6 +226,26 @@ def score_report(tiles: Sequence[Tile], threshold: float, scorer: str, seconds: 
         "models": {"scorer": scorer},
         "versions": versions(),
     }
+
+
+def evaluation_report(
+    data: str, split: str, results: Sequence[Mapping], encoders: Mapping[str, str], seconds: Mapping[str, float]
+) -> dict:
+    """The report of measuring encoders: one result per encoder and distractor source; NaN becomes null."""
+    return {
+        "data": data,
+        "split": split,
+        "results": [{name: _finite(value) for name, value in result.items()} for result in results],
+        "cost": {"seconds": rounded(seconds)},
+        "models": dict(encoders),
+        "versions": versions(),
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_finite(part) for part in value]
+    return finite_or_none(value) if isinstance(value, float) else value
 
 
 def write_report(report: Mapping, path: str | Path) -> None:

@@ -12,7 +12,10 @@ from conftest import checkered
 from PIL import Image
 
 from nearid_personalize import cli
+from nearid_personalize.encoder import load_encoder
 from nearid_personalize.errors import InputError
+from nearid_personalize.evaluation import evaluate_rows
+from nearid_personalize.miniworld import part_edits
 
 PROMPT = "a photo of sks dog in space"
 
@@ -345,3 +348,60 @@ def test_the_table_is_aligned():
     rows = [("1", "a.png", 0.9, "accepted"), ("10", "longer.png", float("nan"), "stopped")]
     lines = cli.table(rows).splitlines()
     assert len({line.index(word) for line, word in zip(lines, ("status", "accepted", "stopped"))}) == 1
+
+
+# --- evaluate
+
+
+@pytest.fixture
+def subjects_dir(tmp_path: Path) -> Path:
+    """Four subjects with two views and two distractors each."""
+    for subject in range(4):
+        folder = tmp_path / "subjects" / f"subject-{subject}"
+        (folder / "distractors").mkdir(parents=True)
+        for view in range(2):
+            checkered(10 * subject + view).save(folder / f"{view}.png")
+            checkered(100 + 10 * subject + view).save(folder / "distractors" / f"{view}.png")
+    return tmp_path / "subjects"
+
+
+def test_evaluate_measures_encoder_and_trunk(
+    subjects_dir: Path, tiny_nearid_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    flags = ["evaluate", "--data", str(subjects_dir), "--split", "all", "--model", str(tiny_nearid_dir)]
+    assert nearid(*[*flags, "--trunk", str(tiny_nearid_dir), "--out", str(tmp_path / "out")]) == 0
+    table = capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [result["encoder"] for result in report["results"]] == ["encoder", "frozen trunk"]
+    for result in report["results"]:
+        assert result["source"] == "distractors" and result["num_identities"] == 4
+        assert result["ssr_interval"][0] <= result["ssr"] <= result["ssr_interval"][1]
+        assert f"{result['ssr']:.3f}" in table
+    assert nearid(*[*flags, "--limit", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"][0]["num_identities"] == 2
+
+
+def test_evaluate_measures_part_edits_against_their_oracle(tiny_nearid_dir: Path):
+    model, preprocessing, _ = load_encoder(tiny_nearid_dir)
+    measured = evaluate_rows(model, preprocessing, part_edits("val", 6))
+    assert list(measured) == ["edit"] and measured["edit"].num_identities == 6
+    assert -1 <= measured["edit"].m_o <= 1 and measured["edit"].m_o_interval is not None
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data", "nowhere"], "nowhere"),
+        (["--data", "miniworld", "--split", "all"], "--split all"),
+        (["--data", "miniworld", "--num-views", "1"], "--num-views 1"),
+    ],
+)
+def test_evaluate_answers_wrong_input_with_one_line(flags: list, words: str, capsys: pytest.CaptureFixture[str]):
+    assert nearid("evaluate", *flags) == 2
+    assert_one_line(capsys, words)
+
+
+def test_evaluate_needs_distractors(photo_dir: Path, tiny_nearid_dir: Path, capsys: pytest.CaptureFixture[str]):
+    flags = ("--data", photo_dir.parent, "--split", "all", "--model", tiny_nearid_dir)
+    assert nearid("evaluate", *flags) == 2
+    assert "--distractors" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from conftest import checkered
 from test_data_rows import one_line
 from torch.utils.data import DataLoader
 
-from nearid_personalize.data import OFF, Augmentation, IdentityDataset, Row, Rows, RowStream
+from nearid_personalize.data import OFF, Augmentation, IdentityDataset, Row, Rows, RowStream, load_rows
 from nearid_personalize.images import preprocess
 from nearid_personalize.miniworld import MiniWorldDataset, part_edit, part_edits, rows
 
@@ -169,3 +169,37 @@ def test_what_cannot_be_is_refused():
     one_line(lambda: IdentityDataset(world, size=8, sources=("flux",)), "'flux'", "similar")
     one_line(lambda: IdentityDataset(rows("train", 0), size=8), "no rows")
     one_line(lambda: rows("nope", 1), "nope", "train")
+
+
+def test_view_mask_is_known_without_decoding():
+    unreadable = collection(Row(id="a", views=(b"no picture", None, b"none")), Row(id="b", views=(b"x",)))
+    dataset = IdentityDataset(unreadable, size=8, num_slots=3)
+    assert dataset.view_mask.tolist() == [[True, False, True], [True, False, False]]
+    many = collection(Row(id="a", views=(flat(1), None, flat(3), flat(4), flat(5))))
+    for variant in range(3):
+        dataset = IdentityDataset(many, size=8, num_slots=3, variant=variant)
+        assert dataset.view_mask[0].tolist() == dataset[0]["view_mask"].tolist()
+
+
+@pytest.mark.parametrize(
+    "change", [{"size": 9}, {"seed": 1}, {"variant": 1}, {"sources": ("flux",)}, {"augmentation": Augmentation()}]
+)
+def test_fingerprint_changes_with_every_choice(change):
+    dataset = IdentityDataset(TWO_SOURCES, size=8)
+    assert dataset.fingerprint == IdentityDataset(TWO_SOURCES, size=8).fingerprint
+    assert replace(dataset, **change).fingerprint != dataset.fingerprint
+
+
+def test_fingerprint_changes_with_the_data(tmp_path):
+    def folder_print():
+        return IdentityDataset(load_rows(tmp_path), size=8).fingerprint
+
+    (tmp_path / "rex").mkdir()
+    for number in range(2):
+        checkered(number).save(tmp_path / "rex" / f"{number}.png")
+    before = folder_print()
+    assert folder_print() == before
+    checkered(7, size=64).save(tmp_path / "rex" / "1.png")
+    assert folder_print() != before
+    worlds = [rows("train", 3, sources={"similar": changes}) for changes in ((2, 4), (2, 3))]
+    assert worlds[0].fingerprint != worlds[1].fingerprint != rows("train", 3, seed=1).fingerprint

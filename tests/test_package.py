@@ -12,7 +12,7 @@ import pytest
 import nearid_personalize
 
 HEAVY = ("datasets", "diffusers", "peft", "accelerate", "gradio")
-COMMANDS = ("quickstart", "score", "generate")
+COMMANDS = ("quickstart", "score", "generate", "evaluate")
 
 
 def run_python(code: str, *arguments: str) -> str:

@@ -103,11 +103,10 @@ def open_rows(arguments: Arguments) -> tuple[Rows, Rows | None]:
     """Training rows and, unless none are wanted, validation rows; no identity is in both."""
     wanted = arguments.num_validation
     if arguments.data == "miniworld":
+        seed, views = arguments.data_seed, arguments.num_views
         sources = {"similar": (arguments.min_changes, arguments.max_changes)}
-        train = miniworld_rows(
-            "train", arguments.num_identities, arguments.num_views, sources, seed=arguments.data_seed
-        )
-        held_out = miniworld_rows("val", wanted, arguments.num_views, seed=seed) if wanted else None
+        train = miniworld_rows("train", arguments.num_identities, views, sources, seed=seed)
+        held_out = miniworld_rows("val", wanted, views, seed=seed) if wanted else None
     else:
         whole = load_rows(arguments.data, arguments.distractors, hash_splits=arguments.hash_splits)
         train = whole.split("train")

@@ -28,7 +28,7 @@ from nearid_personalize.errors import InputError
 from nearid_personalize.images import write_atomically
 from nearid_personalize.preprocessing import Preprocessing
 
-Rows = Dataset[dict[str, Tensor]]
+Items = Dataset[dict[str, Tensor]]
 """Items: `views`, `distractors` float [V,3,H,W] in [0, 1]; `view_mask`, `distractor_mask` bool [V]."""
 
 PixelTransform = Callable[[Tensor, int], Tensor]
@@ -45,7 +45,7 @@ class TokenSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, rows: Tensor, variant: int) -> tuple[Tensor, Tensor]:
-        """Rows int64 [B] -> tokens [m,T,D] of their valid pictures, in order, and bool [B,2,V]: which are valid.
+        """Items int64 [B] -> tokens [m,T,D] of their valid pictures, in order, and bool [B,2,V]: which are valid.
 
         [:,0] are views, [:,1] the distractors on those views' contexts. `variant` counts up without end.
         """
@@ -90,7 +90,7 @@ class LiveTokens:
     """The trunk run anew for every batch: no disk, fresh augmentation each epoch, and many times slower."""
 
     model: NearIDModel
-    variants: Callable[[int], Rows]
+    variants: Callable[[int], Items]
     """Variant number -> the rows in it."""
     view_mask: Tensor
     preprocessing: Preprocessing
@@ -149,7 +149,7 @@ class CacheKey:
 
 def cache_in_memory(
     model: NearIDModel,
-    rows: Rows,
+    rows: Items,
     preprocessing: Preprocessing,
     rows_per_batch: int = 16,
     num_workers: int = 0,
@@ -163,7 +163,7 @@ def cache_on_disk(
     folder: Path,
     key: CacheKey,
     model: NearIDModel,
-    variants: Sequence[Rows],
+    variants: Sequence[Items],
     preprocessing: Preprocessing,
     transform: PixelTransform | None = None,
     rows_per_batch: int = 16,
@@ -204,7 +204,7 @@ def cache_on_disk(
     return _map_shards([[path for v, _, path in jobs if v == variant] for variant in range(len(variants))])
 
 
-def bytes_needed(model: NearIDModel, rows: Rows, preprocessing: Preprocessing, num_rows: int) -> int:
+def bytes_needed(model: NearIDModel, rows: Items, preprocessing: Preprocessing, num_rows: int) -> int:
     """Upper bound, in bytes, of the tokens of `num_rows` rows of one variant: as if no slot were padding."""
     item = rows[0]
     blank = torch.zeros(1, 3, preprocessing.size, preprocessing.size, device=model.device, dtype=model.dtype)
@@ -233,7 +233,7 @@ def _check_space(home: Path, needed: int, state: str) -> None:
 @torch.no_grad()
 def _run_trunk(
     model: NearIDModel,
-    rows: Rows,
+    rows: Items,
     preprocessing: Preprocessing,
     transform: PixelTransform | None,
     seed: int,

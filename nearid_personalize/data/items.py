@@ -61,6 +61,7 @@ class IdentityDataset(Dataset[dict[str, Tensor]]):
     @property
     def fingerprint(self) -> str:
         """SHA-256, in hex, of what the items are: rows and every choice of theirs."""
+        assert isinstance(self.rows, Rows), "what a stream holds is known only once it has passed"
         choices = (self.size, self.num_slots, self.seed, self.variant, self.sources, self.augmentation)
         return hashlib.sha256(f"{self.rows.fingerprint} {choices}".encode()).hexdigest()
 
