@@ -25,16 +25,21 @@ from nearid_personalize.preprocessing import Preprocessing
 from nearid_personalize.training.head import (
     HeadOptions,
     Pooling,
+    TrainingFacts,
     anchor_first,
     batch_loss,
     batch_rows,
     export,
     is_finished,
+    model_card,
     train_head,
     warmup_cosine,
 )
 
 TRAINER = Path(__file__).parents[1] / "trainers" / "train_head.py"
+
+
+FACTS = TrainingFacts("train me", "tiny", "tiles", ("stripes",), 20, 9)
 
 
 def quick_options(output, **changes):
@@ -150,9 +155,10 @@ def test_output_is_a_whole_model_and_nothing_else(tmp_path):
     options = quick_options(tmp_path / "out", checkpoint_every=2)
     result = train_head(options, model, tokens_of(Tiles(9)))
     assert not is_finished(options)
-    export(options, model, preprocessing, result, {"data": "tiles"})
+    export(options, model, preprocessing, result, FACTS)
     assert is_finished(options)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
@@ -163,6 +169,25 @@ def test_output_is_a_whole_model_and_nothing_else(tmp_path):
     assert same(weights(again), weights(model))
     report = json.loads((tmp_path / "out" / "training.json").read_text())
     assert report["recipe"]["steps"] == 6 and len(report["losses"]) == 6 and report["data"] == "tiles"
+
+
+def test_a_head_alone_goes_back_on_its_trunk(tmp_path):
+    trunk = tiny_model()
+    trunk.save_pretrained(tmp_path / "trunk")
+    model, options = tiny_model(), quick_options(tmp_path / "out")
+    result = train_head(options, model, tokens_of(Tiles(9)))
+    facts = dataclasses.replace(FACTS, trunk=str(tmp_path / "trunk"))
+    export(options, model, PREPROCESSING, result, facts, head_alone=True)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert same(weights(load_encoder(tmp_path / "out")[0]), weights(model))
+
+
+def test_card_tells_data_splits_command_and_figures(tmp_path):
+    options = quick_options(tmp_path)
+    result = train_head(options, tiny_model(), tokens_of(Tiles(16)), tokens_of(Tiles(9, seed=1)))
+    card = model_card(options, result, FACTS)
+    for words in ("tiles", "20 identities", "9 others", "train me", "stripes", f"{result.validation[0].ssr:.3f} ["):
+        assert words in card
 
 
 def test_losses_and_measurements_are_logged(tmp_path):
@@ -211,7 +236,7 @@ def run_to_the_end(options, cache, held_out):
     """A whole run in a process of its own: resume, train, export."""
     torch.set_num_threads(1)
     model = tiny_model()
-    export(options, model, PREPROCESSING, train_head(options, model, cache, held_out), {})
+    export(options, model, PREPROCESSING, train_head(options, model, cache, held_out), FACTS)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")

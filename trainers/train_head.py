@@ -32,6 +32,7 @@ from nearid_personalize.preprocessing import Preprocessing
 from nearid_personalize.training.head import (
     HeadOptions,
     HeadResult,
+    TrainingFacts,
     accelerator_for,
     export,
     is_finished,
@@ -79,6 +80,8 @@ class Arguments:
     """Where the trunk's tokens are: on disk, or nowhere (the trunk runs at every step). auto: on disk if they fit."""
     token_folder: Path | None = None
     """Folder of token caches, kept for other runs. Default: `tokens` in the output folder."""
+    head_alone: bool = False
+    """Export the head without the trunk, whose id and fingerprint go along: 15 M parameters in place of 428 M."""
     num_workers: int = 0
     """Processes that load pictures while the trunk runs; 0: none beside the main one."""
     dry_run: bool = False
@@ -197,15 +200,15 @@ def run(arguments: Arguments) -> HeadResult | None:
         validation = cache_in_memory(model, plain, preprocessing, num_workers=arguments.num_workers)
     result = train_head(arguments.head, model, source, validation, accelerator)
     if accelerator.is_main_process:
-        facts = {
-            "command": shlex.join(["trainers/train_head.py", *sys.argv[1:]]),
-            "trunk": arguments.trunk,
-            "data": train.name,
-            "sources": list(train.sources),
-            "num_identities": len(train),
-            "num_validation": 0 if held_out is None else len(held_out),
-        }
-        export(arguments.head, model, preprocessing, result, facts)
+        facts = TrainingFacts(
+            command=shlex.join(["trainers/train_head.py", *sys.argv[1:]]),
+            trunk=arguments.trunk,
+            data=train.name,
+            sources=train.sources,
+            num_identities=len(train),
+            num_validation=0 if held_out is None else len(held_out),
+        )
+        export(arguments.head, model, preprocessing, result, facts, arguments.head_alone)
         for step, retrieval in result.validation.items():
             low, high = retrieval.ssr_interval
             print(f"step {step:6}  SSR {retrieval.ssr:.3f} [{low:.3f}, {high:.3f}]  PA {retrieval.pa:.3f}")

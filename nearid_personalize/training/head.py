@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from nearid_personalize.checkpoints import save_head
 from nearid_personalize.data.cache import TokenCache, TokenSource
 from nearid_personalize.encoder import NearIDModel
 from nearid_personalize.errors import InputError
@@ -368,16 +369,39 @@ def save_model(model: NearIDModel, preprocessing: Preprocessing, folder: Path) -
     preprocessing.save(folder)
 
 
+@dataclass(frozen=True)
+class TrainingFacts:
+    """Where a head comes from: what its card tells beside the recipe and the figures."""
+
+    command: str
+    trunk: str
+    """Hub id or folder of the frozen trunk."""
+    data: str
+    sources: tuple[str, ...]
+    """Sources of distractors."""
+    num_identities: int
+    num_validation: int
+
+
 def export(
-    options: HeadOptions, model: NearIDModel, preprocessing: Preprocessing, result: HeadResult, facts: dict[str, Any]
+    options: HeadOptions,
+    model: NearIDModel,
+    preprocessing: Preprocessing,
+    result: HeadResult,
+    facts: TrainingFacts,
+    head_alone: bool = False,
 ) -> None:
-    """Write the model and training.json (recipe, losses, measurements, `facts`) to `output`; drop the checkpoints.
+    """Write the model (or its head alone), its card README.md and training.json to `output`; drop the checkpoints.
 
     training.json comes last: where it is, the run is finished.
     """
-    save_model(model, preprocessing, options.output)
+    if head_alone:
+        save_head(model, options.output, facts.trunk, preprocessing)
+    else:
+        save_model(model, preprocessing, options.output)
+    write_atomically(options.output / "README.md", model_card(options, result, facts))
     report = {
-        **facts,
+        **asdict(facts),
         "recipe": options.recipe(),
         "kept_step": result.kept_step,
         "losses": [round(loss, 6) for loss in result.losses],
@@ -386,6 +410,44 @@ def export(
     write_atomically(options.output / "training.json", json.dumps(report, indent=2) + "\n")
     if not options.keep_checkpoints:
         shutil.rmtree(options.output / "checkpoints", ignore_errors=True)
+
+
+def model_card(options: HeadOptions, result: HeadResult, facts: TrainingFacts) -> str:
+    """Markdown: data, split sizes, command, figures."""
+    lines = [
+        "---",
+        "library_name: nearid-personalize",
+        "tags: [nearid, identity, personalization]",
+        f"base_model: {facts.trunk}",
+        "---",
+        "# Identity head",
+        "",
+        f"An attention-pooling head on the frozen trunk `{facts.trunk}`, trained with near-identity distractors "
+        "(NearID, arXiv 2604.01973).",
+        "",
+        f"- Data: {facts.data}; {facts.num_identities:,} identities to train on, {facts.num_validation:,} others to "
+        f"validate; distractors: {', '.join(facts.sources) or 'none'}.",
+        f"- Command: `{facts.command}`",
+        f"- Objective {options.objective}, alpha {options.alpha}, temperature {options.temperature}, seed {options.seed}.",
+        f"- The head of step {result.kept_step} of {len(result.losses)} was kept ({options.keep}).",
+        "",
+    ]
+    if result.validation:
+        lines += [
+            "On the validation identities, with 95 % bootstrap intervals over identities (step 0: the untrained head). "
+            "The head was chosen by these figures: report others, of identities it never met.",
+            "",
+            "| step | SSR | PA | n |",
+            "|---|---|---|---|",
+        ]
+        for step in sorted({0, result.kept_step} & result.validation.keys()):
+            found = result.validation[step]
+            ssr, pa = (
+                f"{value:.3f} [{low:.3f}, {high:.3f}]"
+                for value, (low, high) in ((found.ssr, found.ssr_interval), (found.pa, found.pa_interval))
+            )
+            lines.append(f"| {step} | {ssr} | {pa} | {found.num_identities} |")
+    return "\n".join(lines) + "\n"
 
 
 def is_finished(options: HeadOptions) -> bool:
