@@ -428,7 +428,7 @@ def model_card(options: HeadOptions, result: HeadResult, facts: TrainingFacts) -
         f"- Data: {facts.data}; {facts.num_identities:,} identities to train on, {facts.num_validation:,} others to "
         f"validate; distractors: {', '.join(facts.sources) or 'none'}.",
         f"- Command: `{facts.command}`",
-        f"- Objective {options.objective}, alpha {options.alpha}, temperature {options.temperature}, seed {options.seed}.",
+        f"- {options.objective}, alpha {options.alpha}, temperature {options.temperature}; seed {options.seed}",
         f"- The head of step {result.kept_step} of {len(result.losses)} was kept ({options.keep}).",
         "",
     ]
