@@ -129,6 +129,18 @@ class NearIDModel(PreTrainedModel):
         """The attention pooling: tokens [N,T,D] -> [N,D]. All that is trained."""
         return self.backbone.head if hasattr(self.backbone, "head") else self.pooling_head
 
+    def reset_head(self) -> "NearIDModel":
+        """Give up what the head has learnt, the trunk's own included: random weights from torch's generator.
+
+        A head that starts as its trunk's own first has to forget what that one pools for: on the mini-world a random
+        one got further in the same steps (see the README).
+        """
+        if isinstance(self.head, MeanPoolingHead):
+            self.head.reset()
+        else:
+            self.backbone.head = type(self.head)(self.config.vision_config).to(self.device)
+        return self
+
     def trunk_state(self) -> dict[str, Tensor]:
         """The trunk's tensors by name, the head's left out."""
         return {name: value for name, value in self.backbone.state_dict().items() if not name.startswith("head.")}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, SiglipVisionConfig, SiglipVisionModel, ViTConfig
 
-from nearid_personalize.encoder import NearIDConfig, NearIDModel
+from nearid_personalize.encoder import NearIDConfig, NearIDModel, load_encoder
 from nearid_personalize.pooling import attention_pool
 
 
@@ -167,3 +167,15 @@ def test_what_cannot_work_is_refused():
     for unknown in ({"model_type": "vit"}, {"model_type": "nonsense"}, ViTConfig()):
         with pytest.raises(ValueError, match=r"'(vit|nonsense)'; one of siglip_vision_model, .*dinov3_vit works"):
             NearIDConfig(vision_config=unknown)
+
+
+def test_a_reset_head_is_random_and_the_trunk_stays(tiny_nearid_dir):
+    model, _, _ = load_encoder(tiny_nearid_dir)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(1)
+    first = {name: value.clone() for name, value in model.reset_head().state_dict().items()}
+    torch.manual_seed(1)
+    again = model.reset_head().state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    changed = {name for name in before if not torch.equal(before[name], first[name])}
+    assert "backbone.head.probe" in changed and all(name.startswith("backbone.head.") for name in changed)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from accelerate import Accelerator
 
@@ -50,6 +51,8 @@ class Arguments:
     trunk: str
     """Folder or Hub id of a vision model, or of a NearID model to train further."""
     head: Annotated[HeadOptions, tyro.conf.arg(name="")]
+    init_head: Literal["trunk", "random"] = "trunk"
+    """Start from the trunk's own pooling head (or, for CLIP and DINO, from the mean token), or from random weights."""
     data: str = "miniworld"
     """Identities: a Hub id (Aleksandar/NearID), parquet, a folder of subjects' folders, or the toy world."""
     distractors: tuple[str, ...] = ()
@@ -174,6 +177,9 @@ def run(arguments: Arguments) -> HeadResult | None:
     """Show the plan, then train."""
     arguments.check()
     model, preprocessing, _ = load_encoder(arguments.trunk)
+    if arguments.init_head == "random":
+        torch.manual_seed(arguments.head.seed)
+        model.reset_head()
     model.freeze_trunk()
     train, held_out = open_rows(arguments)
     accelerator = accelerator_for(arguments.head)
