@@ -1,16 +1,17 @@
-"""SSR and PA of the shipped head beside the frozen backbone's: `python benchmarks/head_retrieval.py`.
+"""How well the shipped head tells identities apart, beside its frozen trunk: `python benchmarks/head_retrieval.py`.
 
-Rows are mini-world test subjects: three views in wide poses and, on each view's background, a similar subject. Two
-tiers: distractors that differ in two to four of eight attributes, and the same measured with exactly two.
+On mini-world test subjects: three views in wide poses and, on each view's background, a similar subject that differs in
+two to four of eight attributes, or in exactly two; and part edits, where one attribute of the subject itself changes.
 """
 
 from dataclasses import dataclass
 
 import tyro
 
+from nearid_personalize.data import Rows
 from nearid_personalize.encoder import load_encoder
-from nearid_personalize.evaluation import evaluate_retrieval
-from nearid_personalize.miniworld import MiniWorldDataset, weights_dir
+from nearid_personalize.evaluation import Interval, evaluate_rows
+from nearid_personalize.miniworld import part_edits, rows, weights_dir
 
 
 @dataclass(frozen=True)
@@ -18,27 +19,37 @@ class Options:
     """What is measured."""
 
     num_subjects: int = 600
-    scorer: str = ""
+    model: str = ""
     """Folder of a NearID model. Default: the packaged one."""
-    backbone: str = ""
-    """Folder of its frozen backbone. Default: the packaged one."""
+    trunk: str = ""
+    """Folder of its frozen trunk. Default: the packaged one."""
+
+
+def shown(value: float | None, interval: Interval | None) -> str:
+    """A figure with its interval."""
+    return "-" if value is None or interval is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def main(options: Options) -> None:
-    """Print one line per encoder and tier."""
-    folders = {
-        "frozen backbone": options.backbone or weights_dir("siglip"),
-        "NearID head": options.scorer or weights_dir("nearid"),
+    """Print one line per encoder and kind of distractor."""
+    count = options.num_subjects
+    tests: dict[str, Rows] = {
+        "2 to 4 attributes": rows("test", count),
+        "2 attributes": rows("test", count, sources={"similar": (2, 2)}),
+        "part edits": part_edits("test", count),
     }
-    for changes in ((2, 4), (2, 2)):
-        rows = MiniWorldDataset("test", options.num_subjects, changes=changes)
-        for name, folder in folders.items():
-            model, preprocessing, _ = load_encoder(str(folder))
-            found = evaluate_retrieval(model, rows, preprocessing)
+    encoders = {
+        "frozen trunk": (options.trunk or weights_dir("siglip"), True),
+        "NearID head": (options.model or weights_dir("nearid"), False),
+    }
+    for test, data in tests.items():
+        for name, (folder, frozen) in encoders.items():
+            model, preprocessing, _ = load_encoder(folder)
+            (found,) = evaluate_rows(model, preprocessing, data, frozen=frozen).values()
             print(
-                f"{changes[0]}-{changes[1]} attributes differ  {name:16} n {found.num_identities}  "
-                f"SSR {found.ssr:.3f} [{found.ssr_interval[0]:.3f}, {found.ssr_interval[1]:.3f}]  "
-                f"PA {found.pa:.3f} [{found.pa_interval[0]:.3f}, {found.pa_interval[1]:.3f}]",
+                f"{test:18} {name:13} n {found.num_identities}  SSR {shown(found.ssr, found.ssr_interval)}  "
+                f"PA {shown(found.pa, found.pa_interval)}  M-O {shown(found.m_o, found.m_o_interval)}  "
+                f"M-O pair {shown(found.m_o_pair, found.m_o_pair_interval)}",
                 flush=True,
             )
 

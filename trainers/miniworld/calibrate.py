@@ -33,7 +33,7 @@ class CalibrateOptions:
     num_subjects: int = 400
     """Validation subjects."""
     num_references: int = 4
-    false_accept_rate: float = 0.05
+    false_accept_rate: float = 0.01
     """Share of near-identity distractors (2 to 4 attributes differ) that may be accepted."""
 
 
