@@ -35,8 +35,8 @@ class Options:
 
     out: Path = Path("runs/quality")
     """Folder for the drawn and judged candidates; finished subjects are not drawn again, only scored."""
-    num_subjects: int = 24
-    first_subject: int = 1000
+    num_subjects: int = 48
+    first_subject: int = 2000
     """Index of the first subject of the split; the quickstart shows the ones from 0."""
     split: Split = "test"
     num_candidates: int = 16
