@@ -296,3 +296,9 @@ def test_info_nce_agrees_with_the_slow_definition():
 def test_gathering_in_a_single_process_changes_nothing():
     rows = torch.randn(3, 2, requires_grad=True)
     assert gather_rows(rows) is rows
+
+
+def test_a_misspelt_option_fails():
+    anchor, positives, distractors, positive_mask, distractor_mask = random_batch(0)
+    with pytest.raises(TypeError, match="alhpa"):
+        two_tier_loss(anchor, positives, distractors, positive_mask, distractor_mask, alhpa=1.0)

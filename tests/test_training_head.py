@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
+from conftest import checkered
 from safetensors.torch import load_file, save_file
 from tiles import PREPROCESSING, Tiles, same, tiny_model, weights
 
@@ -416,3 +417,29 @@ def test_trainer_answers_wrong_input_with_one_line(trainer, tmp_path, capsys, fl
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and (flag in error or str(value) in error)
     assert not (tmp_path / "out").exists()
+
+
+def test_trainer_refuses_a_misspelt_flag(trainer, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        trainer("--trunk", "somewhere", "--output", tmp_path / "out", "--alhpa", 1)
+    assert stop.value.code == 2 and "--alhpa" in capsys.readouterr().err
+
+
+def test_trainer_takes_a_folder_of_subjects(trainer, tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "trunk")
+    for split, count in (("train", 4), ("val", 2)):
+        for subject in range(count):
+            folder = tmp_path / "data" / split / f"{split}-{subject}"
+            (folder / "distractors").mkdir(parents=True)
+            for view in range(2):
+                checkered(10 * subject + view).save(folder / f"{view}.png")
+                checkered(100 + 10 * subject + view).save(folder / "distractors" / f"{view}.png")
+    flags = ("--trunk", tmp_path / "trunk", "--data", tmp_path / "data", "--steps", 4, "--variants", 2, "--augment")
+    for tokens in ("disk", "live"):
+        output = tmp_path / tokens
+        assert trainer(*flags, "--tokens", tokens, "--output", output, "--keep", "last") == 0
+        report = json.loads((output / "training.json").read_text())
+        assert (report["num_identities"], report["num_validation"]) == (4, 2)
+        assert report["sources"] == ["distractors"]
+        assert not same(weights(load_encoder(output)[0]), weights(tiny_model()))
+    assert "4 of" in capsys.readouterr().out
