@@ -418,7 +418,7 @@ def model_card(options: HeadOptions, result: HeadResult, facts: TrainingFacts) -
         "---",
         "library_name: nearid-personalize",
         "tags: [nearid, identity, personalization]",
-        f"base_model: {facts.trunk}",
+        *([] if Path(facts.trunk).exists() else [f"base_model: {facts.trunk}"]),  # the Hub knows no folders
         "---",
         "# Identity head",
         "",
