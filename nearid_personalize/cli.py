@@ -101,6 +101,8 @@ class Score:
     """Folder with the pictures to score, or one picture."""
     model: str = RELEASED_MODEL
     """NearID encoder: Hub id, folder, or "miniworld" (for the toy world only)."""
+    trunk: str | None = None
+    """Trunk of a head that was saved alone, when it is not where it was: Hub id or folder."""
     device: Device = "auto"
     """Where the encoder runs."""
     out: Path | None = None
@@ -125,6 +127,8 @@ class Generate:
     """LoRA of the subject: a .safetensors file or its folder."""
     model: str = RELEASED_MODEL
     """NearID encoder: Hub id, folder, or "miniworld" (for the toy world only)."""
+    trunk: str | None = None
+    """Trunk of a head that was saved alone, when it is not where it was: Hub id or folder."""
     num_images: int = 4
     """Accepted pictures wanted."""
     num_candidates: int = 16
@@ -293,7 +297,7 @@ def run_score(options: Score) -> int:
 
     clock = Stopwatch()
     with clock.stage("load"):
-        scorer = IdentityScorer.from_pretrained(options.model, device=choose_device(options.device))
+        scorer = IdentityScorer.from_pretrained(options.model, choose_device(options.device), trunk=options.trunk)
     with clock.stage("score"):
         subject = scorer.enroll(references)
         ranking = rank_candidates(_score_files(scorer, subject, paths), subject.threshold)
@@ -327,7 +331,7 @@ def run_generate(options: Generate) -> int:
         from nearid_personalize.scorer import IdentityScorer
 
         device = choose_device(options.device)
-        scorer = IdentityScorer.from_pretrained(options.model, device=device)
+        scorer = IdentityScorer.from_pretrained(options.model, device, trunk=options.trunk)
         pipe = load_pipeline(options.base_model, device, choose_dtype(options.dtype, device))
         if options.lora is not None:
             from nearid_personalize.training.lora import load_lora

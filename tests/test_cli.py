@@ -12,6 +12,7 @@ from conftest import checkered
 from PIL import Image
 
 from nearid_personalize import cli
+from nearid_personalize.checkpoints import save_head
 from nearid_personalize.encoder import load_encoder
 from nearid_personalize.errors import InputError
 from nearid_personalize.evaluation import evaluate_rows
@@ -92,6 +93,17 @@ def test_json_is_all_that_stdout_holds(score: list, tmp_path: Path, capsys: pyte
     nearid(*score, "--json", "--out", tmp_path / "out")
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "out" / "report.json").read_text())
+
+
+def test_a_head_saved_alone_scores_on_the_trunk_given(
+    photo_dir: Path, tiny_nearid_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model, preprocessing, _ = load_encoder(tiny_nearid_dir)
+    save_head(model, tmp_path / "head", str(tmp_path / "moved"), preprocessing)
+    flags = ("score", "--references", photo_dir, "--images", photo_dir, "--model", tmp_path / "head")
+    assert nearid(*flags) == 2
+    assert_one_line(capsys, tmp_path / "moved")
+    assert nearid(*flags, "--trunk", tiny_nearid_dir) == 0
 
 
 def test_one_picture_may_be_scored(score: list, photo_dir: Path, capsys: pytest.CaptureFixture[str]):
