@@ -10,7 +10,7 @@ import tyro
 
 from nearid_personalize.data import Rows
 from nearid_personalize.encoder import load_encoder
-from nearid_personalize.evaluation import Interval, evaluate_rows
+from nearid_personalize.evaluation import evaluate_rows, with_interval
 from nearid_personalize.miniworld import part_edits, rows, weights_dir
 
 
@@ -23,11 +23,6 @@ class Options:
     """Folder of a NearID model. Default: the packaged one."""
     trunk: str = ""
     """Folder of its frozen trunk. Default: the packaged one."""
-
-
-def shown(value: float | None, interval: Interval | None) -> str:
-    """A figure with its interval."""
-    return "-" if value is None or interval is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def main(options: Options) -> None:
@@ -47,9 +42,9 @@ def main(options: Options) -> None:
             model, preprocessing, _ = load_encoder(folder)
             (found,) = evaluate_rows(model, preprocessing, data, frozen=frozen).values()
             print(
-                f"{test:18} {name:13} n {found.num_identities}  SSR {shown(found.ssr, found.ssr_interval)}  "
-                f"PA {shown(found.pa, found.pa_interval)}  M-O {shown(found.m_o, found.m_o_interval)}  "
-                f"M-O pair {shown(found.m_o_pair, found.m_o_pair_interval)}",
+                f"{test:18} {name:13} n {found.num_identities}  SSR {with_interval(found.ssr, found.ssr_interval)}  "
+                f"PA {with_interval(found.pa, found.pa_interval)}  M-O {with_interval(found.m_o, found.m_o_interval)}  "
+                f"M-O pair {with_interval(found.m_o_pair, found.m_o_pair_interval)}",
                 flush=True,
             )
 

@@ -25,6 +25,7 @@ from nearid_personalize.images import write_atomically
 from nearid_personalize.metrics import bootstrap_interval
 from nearid_personalize.miniworld import CONTEXTS, Pet, Split, photos, sample_pet, weights_dir
 from nearid_personalize.miniworld.judge import judge
+from nearid_personalize.miniworld.subjects import ATTRIBUTES
 from nearid_personalize.scorer import IdentityScorer
 from nearid_personalize.training.lora import load_lora, train_lora
 
@@ -140,6 +141,19 @@ def interval(rows: np.ndarray, statistic: Callable[[np.ndarray], float]) -> tupl
     )
 
 
+def wrong_attributes(records: list[dict]) -> dict[str, dict[str, float]]:
+    """Per arm, the share of pictures that show each attribute wrongly; of "random", of all candidates."""
+    prompts = [prompt for record in records for prompt in record["prompts"]]
+    shown = {
+        "random": [wrong for prompt in prompts for wrong in prompt["wrong"]],
+        "frozen": [prompt["wrong"][int(np.argmax(prompt["frozen_scores"]))] for prompt in prompts],
+        "guard": [prompt["wrong"][int(np.argmax(prompt["scores"]))] for prompt in prompts],
+    }
+    return {
+        arm: {name: sum(name in w for w in wrong) / len(wrong) for name in ATTRIBUTES} for arm, wrong in shown.items()
+    }
+
+
 def summarise(records: list[dict]) -> dict:
     """The table the README quotes."""
     arms = np.array([[arms_of(prompt)[0] for prompt in record["prompts"]] for record in records])  # [S,P,4]
@@ -155,6 +169,8 @@ def summarise(records: list[dict]) -> dict:
     ]
     outcomes = np.array([arms_of(prompt)[1:] for record in records for prompt in record["prompts"]])
     summary["agreement_accepted"], summary["agreement_rejected"] = (float(x) for x in np.nanmean(outcomes, axis=0))
+    for name, wrong in wrong_attributes(records).items():
+        summary[f"wrong_{name}"] = ", ".join(f"{attribute} {share:.3f}" for attribute, share in wrong.items())
     accepted = [sum(p["accepted"]) / len(p["accepted"]) for record in records for p in record["prompts"]]
     summary["share_accepted"] = float(np.mean(accepted))
     return summary

@@ -394,18 +394,16 @@ def evaluation_rows(options: Evaluate) -> "Rows":
 
 def evaluation_table(results: Sequence[dict]) -> str:
     """Measurements as aligned text: one line per encoder and distractor source."""
+    from nearid_personalize.evaluation import with_interval
+
     lines = [f"{'encoder':13} {'distractors':12} {'n':>6}  {'SSR':24} {'PA':24} {'M-O':24} M-O pair"]
     for found in results:
-        cells = [_with_interval(found[name], found[f"{name}_interval"]) for name in ("ssr", "pa", "m_o", "m_o_pair")]
+        cells = [with_interval(found[name], found[f"{name}_interval"]) for name in ("ssr", "pa", "m_o", "m_o_pair")]
         lines.append(
             f"{found['encoder']:13} {found['source']:12} {found['num_identities']:6}  "
             + " ".join(f"{cell:24}" for cell in cells).rstrip()
         )
     return "\n".join(lines)
-
-
-def _with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
-    return "-" if value is None or interval is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def _packaged(name: str, kind: str) -> str:

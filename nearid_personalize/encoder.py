@@ -133,7 +133,7 @@ class NearIDModel(PreTrainedModel):
         """Give up what the head has learnt, the trunk's own included: random weights from torch's generator.
 
         A head that starts as its trunk's own first has to forget what that one pools for: on the mini-world a random
-        one got further in the same steps (see the README).
+        one got further in the same steps (docs/LOG.md).
         """
         if isinstance(self.head, MeanPoolingHead):
             self.head.reset()

@@ -38,6 +38,11 @@ class Retrieval:
     m_o_pair_interval: Interval | None = None
 
 
+def with_interval(value: float | None, interval: Interval | None) -> str:
+    """A figure and its interval as text, "-" where there is none."""
+    return "-" if value is None or interval is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
 def evaluate_rows(
     model: NearIDModel,
     preprocessing: Preprocessing,

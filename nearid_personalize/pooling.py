@@ -16,9 +16,7 @@ class MeanPoolingHead(SiglipMultiheadAttentionPoolingHead):
 
     A faint probe attends to all tokens nearly alike, values and output are the identity, and the MLP branch ends in
     zeros: so the untrained embedding is the mean token, known and the same for every seed, where a random head mixes
-    the channels. Every weight still gets a gradient within two steps. What it is worth: on the mini-world's trunk, its
-    own head taken away, it starts at SSR .33 and PA .70 (n = 150), a random head at .31-.33 and .69-.70, and both
-    train alike; the trunk's own head starts at .50 and .82.
+    the channels. Every weight still gets a gradient within two steps.
 
     Args:
         width: D, of the trunk's tokens. num_heads: the trunk's; it divides `width`. The MLP is 4 D wide.

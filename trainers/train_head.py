@@ -31,6 +31,7 @@ from nearid_personalize.errors import InputError
 from nearid_personalize.miniworld import rows as miniworld_rows
 from nearid_personalize.preprocessing import Preprocessing
 from nearid_personalize.training.head import (
+    FINISHED,
     HeadOptions,
     HeadResult,
     TrainingFacts,
@@ -191,6 +192,8 @@ def run(arguments: Arguments) -> HeadResult | None:
         accelerator.print(f"{arguments.head.output}: finished already; without --resume it is trained anew")
         return None
     make_folder(arguments.head.output)
+    if accelerator.is_main_process:  # what an earlier run finished here no longer says that this one is
+        (arguments.head.output / FINISHED).unlink(missing_ok=True)
     model.to(accelerator.device)
     dataset = IdentityDataset(
         train,

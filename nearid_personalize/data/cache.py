@@ -45,7 +45,7 @@ class TokenSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, rows: Tensor, variant: int) -> tuple[Tensor, Tensor]:
-        """Items int64 [B] -> tokens [m,T,D] of their valid pictures, in order, and bool [B,2,V]: which are valid.
+        """Rows int64 [B] -> tokens [m,T,D] of their valid pictures, in order, and bool [B,2,V]: which are valid.
 
         [:,0] are views, [:,1] the distractors on those views' contexts. `variant` counts up without end.
         """

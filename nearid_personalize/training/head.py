@@ -27,10 +27,13 @@ from nearid_personalize.checkpoints import save_head
 from nearid_personalize.data.cache import TokenCache, TokenSource
 from nearid_personalize.encoder import NearIDModel
 from nearid_personalize.errors import InputError
-from nearid_personalize.evaluation import Retrieval, evaluate_tokens, into_slots
+from nearid_personalize.evaluation import Retrieval, evaluate_tokens, into_slots, with_interval
 from nearid_personalize.images import write_atomically
 from nearid_personalize.losses import gather_rows, info_nce_loss, two_tier_loss
 from nearid_personalize.preprocessing import Preprocessing
+
+FINISHED = "training.json"
+"""Written last: where it is, a run has been exported."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,6 @@ def train_head(
     source: TokenSource,
     validation: TokenCache | None = None,
     accelerator: Accelerator | None = None,
-    on_evaluation: Callable[[int, Retrieval], None] | None = None,
 ) -> HeadResult:
     """Train `model`'s head in place on tokens of its trunk with the two-tier objective.
 
@@ -165,8 +167,8 @@ def train_head(
     losses = position.losses
     if validation is not None and position.step == 0:
         position.measured(0, evaluate_tokens(model, validation), model)
-    show = accelerator.is_main_process
-    with tqdm(total=options.steps, initial=position.step, desc="head", unit="step", disable=not show) as progress:
+    quiet = not accelerator.is_main_process
+    with tqdm(total=options.steps, initial=position.step, desc="head", unit="step", disable=quiet) as progress:
         while position.step < options.steps and not position.out_of_patience(options.patience):
             step = position.step
             losses.append(_train_step(options, accelerator, pooling, optimizer, source, trainable, step))
@@ -181,8 +183,6 @@ def train_head(
                 position.measured(done, measured, model)
                 if options.tensorboard:
                     accelerator.log({"ssr": measured.ssr, "pa": measured.pa}, step=done)
-                if on_evaluation and show:
-                    on_evaluation(done, measured)
             if options.checkpoint_every and done % options.checkpoint_every == 0:
                 checkpoints.save(done)
     kept = position.step
@@ -407,7 +407,7 @@ def export(
         "losses": [round(loss, 6) for loss in result.losses],
         "validation": {str(step): asdict(retrieval) for step, retrieval in result.validation.items()},
     }
-    write_atomically(options.output / "training.json", json.dumps(report, indent=2) + "\n")
+    write_atomically(options.output / FINISHED, json.dumps(report, indent=2) + "\n")
     if not options.keep_checkpoints:
         shutil.rmtree(options.output / "checkpoints", ignore_errors=True)
 
@@ -442,17 +442,14 @@ def model_card(options: HeadOptions, result: HeadResult, facts: TrainingFacts) -
         ]
         for step in sorted({0, result.kept_step} & result.validation.keys()):
             found = result.validation[step]
-            ssr, pa = (
-                f"{value:.3f} [{low:.3f}, {high:.3f}]"
-                for value, (low, high) in ((found.ssr, found.ssr_interval), (found.pa, found.pa_interval))
-            )
+            ssr, pa = with_interval(found.ssr, found.ssr_interval), with_interval(found.pa, found.pa_interval)
             lines.append(f"| {step} | {ssr} | {pa} | {found.num_identities} |")
     return "\n".join(lines) + "\n"
 
 
 def is_finished(options: HeadOptions) -> bool:
     """Whether a run with these options has been exported to `output` already."""
-    return (options.output / "training.json").is_file()
+    return (options.output / FINISHED).is_file()
 
 
 def make_folder(folder: Path) -> None:

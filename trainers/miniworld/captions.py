@@ -10,9 +10,11 @@ from transformers import CLIPTokenizer
 
 from nearid_personalize.miniworld.dataset import picture_facts
 from nearid_personalize.miniworld.scene import CONTEXTS
-from nearid_personalize.miniworld.subjects import CATEGORIES, RARE_TOKEN, caption, sample_pet
+from nearid_personalize.miniworld.subjects import CATEGORIES, RARE_TOKEN, VALUES, Pet, caption, sample_pet
 
 MAX_LENGTH = 32
+WORDS: dict[str, tuple[str, ...]] = {**VALUES, "context": CONTEXTS}
+"""The words of a full caption that say something, each with its choices."""
 SPARE_WORDS = ("my", "the", "photos", "picture", "and", RARE_TOKEN)
 
 
@@ -48,6 +50,11 @@ def training_caption(index: int, epoch: int, drop: float, short: float, empty: f
     pet, context = picture_facts("train", index)
     rng = random.Random(f"caption/{epoch}/{index}")
     return "" if rng.random() < empty else caption(pet, context, rng, drop, short)
+
+
+def words_of(pet: Pet, context: str) -> list[int]:
+    """Which of its choices each of `WORDS` takes in the full caption."""
+    return [choices.index(context if name == "context" else getattr(pet, name)) for name, choices in WORDS.items()]
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:

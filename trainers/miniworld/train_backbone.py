@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from captions import MAX_LENGTH, load_tokenizer, tokenize, training_caption
+from captions import MAX_LENGTH, WORDS, load_tokenizer, tokenize, training_caption, words_of
 from loop import LoopOptions, rng_of, train
 from pictures import Pictures
 from torch import nn
@@ -22,8 +22,7 @@ from torch.nn import functional as F
 from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel, SiglipTextConfig, SiglipVisionConfig
 
 from nearid_personalize.miniworld.dataset import picture, picture_facts
-from nearid_personalize.miniworld.scene import CONTEXTS
-from nearid_personalize.miniworld.subjects import VALUES, Pet, caption
+from nearid_personalize.miniworld.subjects import caption
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,6 @@ def build(vocab_size: int, end_token: int) -> SiglipModel:
     return SiglipModel(config)
 
 
-WORDS: dict[str, tuple[str, ...]] = {**VALUES, "context": CONTEXTS}
-"""The words of a full caption that say something, each with its choices."""
-
-
 class CaptionReader(nn.Module):
     """Predicts all of a full caption's words at once: a query per word reads the patch tokens."""
 
@@ -119,11 +114,6 @@ class Captioner(nn.Module):
         read = self.reader(output.vision_model_output.last_hidden_state)
         losses = [F.cross_entropy(guess.float(), right) for guess, right in zip(read, words.unbind(1), strict=True)]
         return contrast + self.reading_weight * torch.stack(losses).mean()
-
-
-def words_of(pet: Pet, context: str) -> list[int]:
-    """Which of its choices each word of the full caption takes."""
-    return [choices.index(context if name == "context" else getattr(pet, name)) for name, choices in WORDS.items()]
 
 
 def held_out_check(tokenizer: object) -> Callable[[nn.Module, int], str]:

@@ -9,17 +9,14 @@ from pathlib import Path
 
 import torch
 import tyro
-from captions import MAX_LENGTH, load_tokenizer, tokenize
+from captions import MAX_LENGTH, WORDS, load_tokenizer, tokenize, words_of
 from loop import LoopOptions, train
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from nearid_personalize.miniworld.dataset import picture_facts
-from nearid_personalize.miniworld.scene import CONTEXTS
-from nearid_personalize.miniworld.subjects import VALUES, caption
-
-TARGETS: dict[str, tuple[str, ...]] = {**VALUES, "context": CONTEXTS}
+from nearid_personalize.miniworld.subjects import caption
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class AttributeReader(nn.Module):
         super().__init__()
         self.tower = tower
         width = tower.config.hidden_size
-        self.heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in TARGETS.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in WORDS.items()})
 
     def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Logits of each attribute, `[B, values]`, from token ids `[B, L]`."""
@@ -75,23 +72,20 @@ def main(options: TextEncoderOptions) -> None:
     def batch(split: str, start: int, count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         facts = [picture_facts(split, i) for i in range(start, start + count)]  # type: ignore[arg-type]
         ids = tokenize(tokenizer, [caption(pet, context) for pet, context in facts])
-        labels = {
-            name: torch.tensor([values.index(c if name == "context" else getattr(p, name)) for p, c in facts])
-            for name, values in TARGETS.items()
-        }
-        return ids, labels
+        labels = torch.tensor([words_of(pet, context) for pet, context in facts])
+        return ids, dict(zip(WORDS, labels.unbind(1), strict=True))
 
     def loss_of(model: nn.Module, step: int) -> torch.Tensor:
         device = next(model.parameters()).device
         ids, labels = batch("train", step * options.batch_size, options.batch_size)
         logits = model(ids.to(device))
-        return sum(F.cross_entropy(logits[n], labels[n].to(device)) for n in TARGETS) / len(TARGETS)  # type: ignore
+        return sum(F.cross_entropy(logits[n], labels[n].to(device)) for n in WORDS) / len(WORDS)  # type: ignore
 
     def check(model: nn.Module, step: int) -> str:
         device = next(model.parameters()).device
         ids, labels = batch("val", 0, 512)
         logits = model(ids.to(device))
-        right = {n: (logits[n].argmax(1).cpu() == labels[n]).float().mean().item() for n in TARGETS}
+        right = {n: (logits[n].argmax(1).cpu() == labels[n]).float().mean().item() for n in WORDS}
         return "accuracy on validation captions " + ", ".join(f"{n} {v:.3f}" for n, v in right.items())
 
     train(model, loss_of, options, lambda m: m.tower.save_pretrained(options.output / "text_encoder"), check)
