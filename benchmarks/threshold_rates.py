@@ -41,6 +41,8 @@ class Options:
     """Genuine pictures of each subject, and near-identities that its thresholds are tested on."""
     rates: tuple[float, ...] = (0.01, 0.05)
     """False-accept rates asked for, in (0, 1)."""
+    num_negatives: int = 99
+    """Near-identities given of each subject; a rate that takes more is measured on the bank alone."""
     model: str = ""
     """Folder of a NearID model with a calibration bank. Default: the packaged one."""
 
@@ -74,11 +76,11 @@ def embed_class(scorer: IdentityScorer, vae: AutoencoderTiny, category: str, num
 
 def embed_people(scorer: IdentityScorer, vae: AutoencoderTiny, options: Options) -> list[Person]:
     """Everything the thresholds are set and tested on."""
-    test, negatives = options.num_pictures, max(map(needed, options.rates))
-    classes = {category: embed_class(scorer, vae, category, negatives) for category in CATEGORIES}
+    test = options.num_pictures
+    classes = {category: embed_class(scorer, vae, category, options.num_negatives) for category in CATEGORIES}
     people = []
     for index in tqdm(range(options.first_subject, options.first_subject + options.num_subjects), leave=False):
-        pairs = known_pairs("test", index, max(PHOTOS), test, test + negatives)
+        pairs = known_pairs("test", index, max(PHOTOS), test, test + options.num_negatives)
         photos, genuine, impostor = embed_pairs(scorer, vae, pairs)
         category = sample_pet("test", index).category
         people.append(Person(photos, genuine, impostor[:test], impostor[test:], classes[category]))
@@ -121,6 +123,8 @@ def main(options: Options) -> None:
     for rate in options.rates:
         for source in ("bank", "near-identities", "class pictures"):
             number = len(bank.impostor) if source == "bank" else needed(rate)
+            if source != "bank" and number > options.num_negatives:
+                continue
             for photos in PHOTOS:
                 rows = [
                     measure(person, known_scores(person, source, bank, photos, number), rate, photos, bank.aggregation)

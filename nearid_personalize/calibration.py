@@ -108,7 +108,7 @@ class ThresholdOrigin:
 
     def __str__(self) -> str:
         if self.false_accept_rate is None:
-            return "threshold not calibrated: error rates unknown"
+            return "not calibrated, error rates unknown"
         unit = "bank subjects" if self.source == "bank" else "negatives"
         bound = "at most" if self.guaranteed else "about"
         line = f"accepts {bound} {self.false_accept_rate:.2%} of near-identities ({self.num_negatives} {unit})"

@@ -103,6 +103,12 @@ class Subject:
         """[R]: each reference's score against the others (NaN for a lone one), to be held against the threshold."""
         return leave_one_out_scores(self.embeddings, self.aggregation)
 
+    def describe(self) -> str:
+        """One line: the threshold, the error rates to expect, and which references would not reach it themselves."""
+        below = int((self.reference_scores < self.threshold).sum())
+        doubt = f"; {below} of {len(self.embeddings)} references score less against the others" if below else ""
+        return f"threshold {self.threshold:.3f}: {self.origin}{doubt}"
+
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits that differ when the references, their order or the aggregation do."""
@@ -225,8 +231,8 @@ class IdentityScorer:
 
         A bare trunk works too and gives the frozen backbone's likeness, not identity: a SigLIP one through its own
         pooling, a CLIP or DINO one through its mean token. `trunk` says where the trunk of a head saved alone is, when
-        it is not where it was. A `calibration.safetensors` beside the weights, or a `calibration.json` as there was before
-        banks, sets the accept threshold, see `enroll`.
+        it is not where it was. A `calibration.safetensors` beside the weights sets the accept threshold, see `enroll`;
+        so does a `calibration.json`, as there was before banks.
 
         Raises InputError when the checkpoint cannot be found or read.
         """
