@@ -105,8 +105,10 @@ def random_schedule(seed: str, num_steps: int, num: int = N) -> dict[int, list[i
 
 
 def assert_equal_rows(denoised: Denoised, rows: torch.Tensor) -> None:
-    assert len(denoised.images) == len(denoised.rows)
-    assert (torch.as_tensor(denoised.images) - torch.as_tensor(rows)[list(denoised.rows)]).abs().max() <= TOLERANCE
+    """Equal but for the rounding that another batch size brings, against the largest value."""
+    images, rows = torch.as_tensor(denoised.images), torch.as_tensor(rows)[list(denoised.rows)]
+    assert images.shape == rows.shape
+    assert (images - rows).abs().max() <= TOLERANCE * max(1, rows.abs().max())
 
 
 def traces(pipe) -> tuple:
