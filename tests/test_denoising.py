@@ -111,6 +111,11 @@ def assert_equal_rows(denoised: Denoised, rows: torch.Tensor) -> None:
     assert (images - rows).abs().max() <= TOLERANCE * max(1, rows.abs().max())
 
 
+def counting(seen: list[int]) -> Callable[..., None]:
+    """A forward pre-hook that notes the rows of each call."""
+    return lambda module, args, kwargs: seen.append(len(args[0] if args else kwargs["hidden_states"]))
+
+
 def traces(pipe) -> tuple:
     """All that a watch could leave behind."""
     denoiser = find_denoiser(pipe)
@@ -130,14 +135,10 @@ def test_whoever_goes_on_comes_out_as_in_a_plain_call(case):
     assert (rows[0] - rows[1]).abs().max() > 100 * TOLERANCE, "the candidates are to differ"
     left, num_steps = traces(pipe), pipe.num_timesteps
     for schedule in ({1: [2, 0]}, {num_steps: [3]}, random_schedule(case, num_steps)):
-        seen = []
-        find_denoiser(pipe).register_forward_pre_hook(
-            lambda module, args, kwargs, seen=seen: seen.append(len(args[0] if args else kwargs["hidden_states"])),
-            with_kwargs=True,
-        )
+        seen: list[int] = []  # by somebody who looked at the denoiser before the run
+        observer = find_denoiser(pipe).register_forward_pre_hook(counting(seen), with_kwargs=True)
         denoised = denoise(pipe, arguments, generators(), following(schedule))
-        find_denoiser(pipe)._forward_pre_hooks.clear()
-        find_denoiser(pipe)._forward_pre_hooks_with_kwargs.clear()
+        observer.remove()
 
         going_on = list(range(N))
         expected_rows = 0
