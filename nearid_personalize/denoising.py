@@ -340,9 +340,9 @@ def call_arguments(pipe: DiffusionPipeline, arguments: Mapping[str, Any], num_ro
     if not num_rows or num_rows % num_prompts:
         raise InputError(f"generators: got {num_rows} for {num_prompts} prompts; give each prompt equally many")
     own: dict[str, Any] = {"num_images_per_prompt": num_rows // num_prompts}
-    image = arguments.get("image")
-    inpaints = type(pipe).__name__ == "StableDiffusionInpaintPipeline" and image is not None
+    inpaints = type(pipe).__name__ == "StableDiffusionInpaintPipeline" and arguments.get("image") is not None
     if inpaints and arguments.get("padding_mask_crop") is None:
+        image = arguments["image"]
         # It encodes a source picture once, with the first row's generator: a copy each keeps randomness to its row
         images = list(image) if isinstance(image, list) or getattr(image, "ndim", 3) == 4 else [image]
         own["image"] = images * (num_rows // len(images))
@@ -467,11 +467,11 @@ def latents_for_vae(
 ) -> torch.Tensor:
     """Latents as a VAE of this configuration decodes them: `[n,C,h,w]`, tokens in their places, the scaling undone."""
     if latents.ndim == 3:
-        default = pipe.default_sample_size * pipe.vae_scale_factor if hasattr(pipe, "default_sample_size") else None
-        height, width = height or default, width or default
+        default = pipe.default_sample_size * pipe.vae_scale_factor
+        height, width = int(height or default), int(width or default)
         if type(pipe).__name__ == "Flux2Pipeline":
             side = 2 * pipe.vae_scale_factor  # of a token's patch, in pixels
-            patches = latents.mT.unflatten(-1, (int(height) // side, int(width) // side))  # [n,4C,h/2,w/2]
+            patches = latents.mT.unflatten(-1, (height // side, width // side))  # [n,4C,h/2,w/2]
             norm = pipe.vae.bn
             mean, variance = (value.view(1, -1, 1, 1).to(patches) for value in (norm.running_mean, norm.running_var))
             return pipe._unpatchify_latents(patches * (variance + pipe.vae.config.batch_norm_eps).sqrt() + mean)
