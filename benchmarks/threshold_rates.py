@@ -4,7 +4,8 @@ On mini-world test subjects, which neither the encoder nor the calibration bank 
 asked, the measured share of near-identities (two to four of eight attributes differ) that is accepted, and of genuine
 pictures that is rejected, all seen through the pipeline's autoencoder. Thresholds are set on the bank; on as few
 near-identities of the subject itself as can state the rate; and on as many pictures of its class, which promise the
-rate for pictures of the class and not for near-identities. Means and 95 % bootstrap intervals over subjects.
+rate for pictures of the class and not for near-identities; on either with and without the bank. Means and 95 %
+bootstrap intervals over subjects.
 """
 
 import math
@@ -19,13 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nearid_personalize import InputError
-from nearid_personalize.calibration import Aggregation, CalibrationBank, KnownScores
+from nearid_personalize.calibration import CalibrationBank, KnownScores
 from nearid_personalize.evaluation import with_interval
 from nearid_personalize.metrics import bootstrap_interval
 from nearid_personalize.miniworld import CATEGORIES, CONTEXTS, render, sample_pet, sample_view, weights_dir
 from nearid_personalize.miniworld.pairs import as_drawn, embed_pairs, known_pairs
 from nearid_personalize.miniworld.subjects import pick
-from nearid_personalize.scorer import BANK_FILE, IdentityScorer, identity_scores
+from nearid_personalize.scorer import BANK_FILE, IdentityScorer, Subject, identity_scores
 
 PHOTOS = (1, 2, 4, 8)
 
@@ -87,22 +88,29 @@ def embed_people(scorer: IdentityScorer, vae: AutoencoderTiny, options: Options)
     return people
 
 
-def known_scores(person: Person, source: str, bank: CalibrationBank, num_photos: int, number: int) -> KnownScores:
-    """What `IdentityScorer.enroll` sets the threshold from."""
-    if source == "bank":
-        return bank.known_scores(num_photos, bank.aggregation)
-    negatives = person.negatives if source == "near-identities" else person.class_pictures
-    scores = identity_scores(negatives[:number], person.photos[:num_photos], bank.aggregation)
-    return KnownScores("negatives", scores[:, None], bank.scores(num_photos, bank.aggregation)[0])
+SOURCES = ("bank", "near-identities", "near-identities + bank", "class pictures", "class pictures + bank")
 
 
-def measure(person: Person, known: KnownScores, rate: float, num_photos: int, aggregation: Aggregation) -> list[float]:
+def enrolled(person: Person, source: str, bank: CalibrationBank, num_photos: int, number: int) -> Subject:
+    """What `IdentityScorer.enroll` makes of the photos and of `number` negatives."""
+    photos, known = person.photos[:num_photos], []
+    if not source.startswith("bank"):
+        negatives = person.negatives if source.startswith("near") else person.class_pictures
+        impostor = identity_scores(negatives[:number], photos, bank.aggregation)
+        known.append(KnownScores("negatives", impostor[:, None], bank.scores(num_photos, bank.aggregation)[0]))
+    if source.endswith("bank"):
+        known.append(bank.known_scores(num_photos, bank.aggregation))
+    return Subject(photos, math.nan, bank.aggregation, known=tuple(known))
+
+
+def measure(person: Person, subject: Subject) -> list[float]:
     """Share of near-identities accepted and of genuine pictures rejected; rejections expected; the threshold."""
-    threshold, origin = known.threshold_at(rate)
-    photos = person.photos[:num_photos]
-    accepted = (identity_scores(person.impostor, photos, aggregation) >= threshold).double().mean()
-    rejected = (identity_scores(person.genuine, photos, aggregation) < threshold).double().mean()
-    return [float(accepted), float(rejected), origin.false_reject_rate or 0.0, threshold]
+    impostor, genuine = (
+        identity_scores(pictures, subject.embeddings, subject.aggregation)
+        for pictures in (person.impostor, person.genuine)
+    )
+    accepted, rejected = (impostor >= subject.threshold).double(), (genuine < subject.threshold).double()
+    return [float(accepted.mean()), float(rejected.mean()), subject.origin.false_reject_rate or 0.0, subject.threshold]
 
 
 def main(options: Options) -> None:
@@ -119,22 +127,19 @@ def main(options: Options) -> None:
         f"{len(people)} subjects, {pictures} genuine pictures and {pictures} near-identities each; "
         f"bank of {len(bank.impostor)} subjects; {bank.aggregation}"
     )
-    print("asked  set on                photos  false accepts         false rejects         expected  threshold")
+    print("asked  set on                      photos  false accepts         false rejects         expected  threshold")
     for rate in options.rates:
-        for source in ("bank", "near-identities", "class pictures"):
+        for source in SOURCES:
             number = len(bank.impostor) if source == "bank" else needed(rate)
             if source != "bank" and number > options.num_negatives:
                 continue
             for photos in PHOTOS:
-                rows = [
-                    measure(person, known_scores(person, source, bank, photos, number), rate, photos, bank.aggregation)
-                    for person in people
-                ]
+                rows = [measure(p, enrolled(p, source, bank, photos, number).at(rate)) for p in people]
                 table = torch.tensor(rows, dtype=torch.float64)  # [subjects, 4]
                 measured = (with_interval(float(column.mean()), bootstrap_interval(column)) for column in table.T[:2])
                 expected, threshold = table.mean(dim=0)[2:].tolist()
                 print(
-                    f"{rate:<5.3g}  {number:>3} {source:16}  {photos:>6}  {'  '.join(measured)}  "
+                    f"{rate:<5.3g}  {number:>3} {source:22}  {photos:>6}  {'  '.join(measured)}  "
                     f"{expected:8.3f}  {threshold:9.4f}",
                     flush=True,
                 )

@@ -109,9 +109,11 @@ class ThresholdOrigin:
     def __str__(self) -> str:
         if self.false_accept_rate is None:
             return "not calibrated, error rates unknown"
-        unit = "bank subjects" if self.source == "bank" else "negatives"
-        bound = "at most" if self.guaranteed else "about"
-        line = f"accepts {bound} {self.false_accept_rate:.2%} of near-identities ({self.num_negatives} {unit})"
+        whose = {
+            "negatives": f"pictures like the {self.num_negatives} negatives given",
+            "bank": f"near-identities (by {self.num_negatives} subjects of the calibration bank)",
+        }.get(self.source, f"impostors (by {self.num_negatives} measured)")
+        line = f"accepts {'at most' if self.guaranteed else 'about'} {self.false_accept_rate:.2%} of {whose}"
         if self.false_reject_rate is None:
             return line
         return f"{line}, expected to reject {self.false_reject_rate:.2%} of the subject's own (n = {self.num_genuine})"
@@ -142,6 +144,10 @@ class KnownScores:
             false_reject_rate=float((self.genuine < threshold).double().mean()) if known else None,
             num_genuine=known,
         )
+
+    def threshold_near(self, false_accept_rate: float) -> tuple[float, ThresholdOrigin]:
+        """`threshold_at` the rate, or at the smallest that so few impostors can state."""
+        return self.threshold_at(max(false_accept_rate, smallest_rate(len(self.impostor))))
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,7 +53,7 @@ class Candidate:
 
     score: cosine in [-1, 1]: of the image, or of the last preview when it was stopped (NaN: none was made).
     stopped_at_step: finished denoising steps, for status "stopped" alone, which has no `image`. previews: score of the
-    predicted clean picture by step fraction in (0, 1).
+    predicted clean picture by step fraction in (0, 1). last_preview: what a stopped candidate looked like.
     """
 
     seed: int
@@ -63,6 +63,7 @@ class Candidate:
     image: Image.Image | None
     reason: str
     previews: Mapping[float, float] = field(default_factory=dict)
+    last_preview: Image.Image | None = None
 
 
 @dataclass(frozen=True)
@@ -270,6 +271,7 @@ class _Race:
         guard, policy = self.guard, self._policy()
         asked_at = getattr(policy, "step_fractions", STEP_FRACTIONS)
         previews: dict[int, dict[float, float]] = {seed: {} for seed in seeds}
+        looks: dict[int, Image.Image] = {}
         num_steps, previewing = 1, 0.0
 
         def on_step(moment: Moment) -> list[int] | None:
@@ -279,11 +281,13 @@ class _Race:
             if policy is None or not due or moment.step == num_steps:
                 return None
             started = time.perf_counter()
-            scores = torch.full((len(seeds),), torch.nan)
-            scores[list(moment.rows)] = guard.scorer.score(moment.preview(), guard.subject)
-            for row in moment.rows:
-                previews[seeds[row]][due[-1]] = float(scores[row])
+            scores, pixels = torch.full((len(seeds),), torch.nan), moment.preview()
+            scores[list(moment.rows)] = guard.scorer.score(pixels, guard.subject)
             goes_on = policy.decide(due[-1], scores, self.num_images)  # type: ignore[arg-type]
+            for place, row in enumerate(moment.rows):
+                previews[seeds[row]][due[-1]] = float(scores[row])
+                if not goes_on[row]:
+                    looks[row] = to_pictures(pixels[place : place + 1])[0]
             previewing += time.perf_counter() - started
             return [row for row in moment.rows if goes_on[row]]
 
@@ -303,7 +307,9 @@ class _Race:
             seen = previews[seeds[row]]
             last = [*seen.values()][-1]
             reason = f"stopped after step {step} of {num_steps}: preview {last:.3f}"
-            self.candidates[seeds[row]] = Candidate(seeds[row], last, "stopped", step, None, reason, seen)
+            self.candidates[seeds[row]] = Candidate(
+                seeds[row], last, "stopped", step, None, reason, seen, last_preview=looks[row]
+            )
         for place, row in enumerate(batch.rows):
             seed = seeds[row]
             reason = verdict_on(place, scores[place], guard.subject.threshold).reason or failures[place]

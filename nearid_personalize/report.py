@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from nearid_personalize.images import write_atomically
 
 if TYPE_CHECKING:
-    from nearid_personalize.guard import GuardResult
+    from nearid_personalize.guard import Candidate, GuardResult
 
 Color: TypeAlias = tuple[int, int, int]
 
@@ -41,8 +41,8 @@ _PACKAGES = ("nearid-personalize", "torch", "transformers", "diffusers", "peft",
 class Tile:
     """One scored picture of a contact sheet.
 
-    `name` is what to call it ("seed 7", a file name), `score` a cosine in [-1, 1] or NaN, `image` None for a candidate
-    that was stopped before there was a picture.
+    `name` is what to call it ("seed 7", a file name), `score` a cosine in [-1, 1] or NaN, `image` None where there is
+    no picture; a stopped candidate's is its last preview.
     """
 
     image: Image.Image | None
@@ -56,7 +56,12 @@ class Tile:
 
 def candidate_tiles(result: "GuardResult") -> list[Tile]:
     """Every candidate of a guarded generation, best first."""
-    return [Tile(c.image, f"seed {c.seed}", c.score, c.status) for c in result.ranked]
+    return [Tile(c.image or c.last_preview, _name(c), c.score, c.status) for c in result.ranked]
+
+
+def _name(candidate: "Candidate") -> str:
+    stopped = f", step {candidate.stopped_at_step}" if candidate.stopped_at_step else ""
+    return f"seed {candidate.seed}{stopped}"
 
 
 def contact_sheet(
@@ -202,6 +207,7 @@ def generation_report(
                 "seed": candidate.seed,
                 "score": finite_or_none(candidate.score),
                 "status": candidate.status,
+                "reason": candidate.reason,
                 "stopped_at_step": candidate.stopped_at_step,
                 "image": image_names.get(candidate.seed),
             }

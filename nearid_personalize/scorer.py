@@ -32,7 +32,6 @@ from nearid_personalize.calibration import (
     ThresholdOrigin,
     aggregate,
     leave_one_out_scores,
-    smallest_rate,
 )
 from nearid_personalize.encoder import NearIDModel, load_encoder
 from nearid_personalize.errors import InputError
@@ -70,14 +69,14 @@ class Subject:
 
     embeddings: float32 [R,D], unit rows, one per reference. threshold: the smallest accepted score. aggregation: how
     cosines with several references become one score, see `identity_scores`. origin: how the threshold came about, and
-    the error rates to expect. known: the scores that `at` sets other thresholds from.
+    the error rates to expect. known: the scores that `at` sets thresholds from, first those that must state the rate.
     """
 
     embeddings: Tensor
     threshold: float
     aggregation: Aggregation = "mean"
     origin: ThresholdOrigin = field(default_factory=ThresholdOrigin)
-    known: KnownScores | None = None
+    known: tuple[KnownScores, ...] = ()
 
     def __post_init__(self) -> None:
         if self.embeddings.ndim != 2 or len(self.embeddings) == 0:
@@ -88,14 +87,20 @@ class Subject:
     def at(self, false_accept_rate: float) -> "Subject":
         """The same subject with the threshold for another false-accept rate in (0, 1); nothing is embedded again.
 
-        Raises InputError when that cannot state so small a rate, or nothing was known.
+        Raises InputError when what was known at enrolment cannot state so small a rate, or nothing was.
         """
-        if self.known is None:
+        if not self.known:
             raise InputError(
                 f"false_accept_rate {false_accept_rate}: nothing is known to set it by; enroll the photos with "
                 f"negatives (pictures of similar subjects), or with an encoder that carries a {BANK_FILE}"
             )
-        threshold, origin = self.known.threshold_at(false_accept_rate)
+        first, *others = self.known
+        return self._at_highest(
+            first.threshold_at(false_accept_rate), *(o.threshold_near(false_accept_rate) for o in others)
+        )
+
+    def _at_highest(self, *found: tuple[float, ThresholdOrigin]) -> "Subject":
+        threshold, origin = max(found, key=lambda pair: pair[0])
         return replace(self, threshold=threshold, origin=origin)
 
     @property
@@ -120,9 +125,9 @@ class Subject:
         metadata = {"threshold": repr(float(self.threshold)), "aggregation": self.aggregation}
         metadata["origin"] = json.dumps(asdict(self.origin))
         tensors = {"embeddings": self.embeddings}
-        if self.known is not None:
-            metadata["known"] = json.dumps({"source": self.known.source, "guaranteed": self.known.guaranteed})
-            tensors |= {"impostor": self.known.impostor, "genuine": self.known.genuine}
+        metadata["known"] = json.dumps([{"source": k.source, "guaranteed": k.guaranteed} for k in self.known])
+        for i, known in enumerate(self.known):
+            tensors |= {f"impostor.{i}": known.impostor, f"genuine.{i}": known.genuine}
         write_atomically(path, save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, metadata))
 
     @classmethod
@@ -132,11 +137,11 @@ class Subject:
             raise InputError(f"{path}: no such file; give a subject saved with Subject.save")
         try:
             tensors, metadata = _read_safetensors(path)
-            known = None
-            if "known" in metadata:
-                facts = json.loads(metadata["known"])
-                known = KnownScores(facts["source"], tensors["impostor"], tensors["genuine"], facts["guaranteed"])
             # Files from before thresholds had origins carry none.
+            known = tuple(
+                KnownScores(impostor=tensors[f"impostor.{i}"], genuine=tensors[f"genuine.{i}"], **facts)
+                for i, facts in enumerate(json.loads(metadata.get("known", "[]")))
+            )
             origin = ThresholdOrigin(**json.loads(metadata.get("origin", "{}")))
             threshold, aggregation = float(metadata["threshold"]), metadata["aggregation"]
             return cls(tensors["embeddings"], threshold, aggregation, origin, known)  # type: ignore[arg-type]
@@ -346,12 +351,13 @@ class IdentityScorer:
 
         Args:
             aggregation: the calibration's unless given, and "mean" without one.
-            negatives: pictures that are not the subject, as near to it as those to be refused: of similar subjects, or
-                of its class, as made for prior preservation. At most a share `false_accept_rate` of pictures like them
-                is accepted: be they easy to tell, the threshold is low. Without negatives the calibration bank sets the
-                threshold; without either, `uncalibrated_threshold`.
-            false_accept_rate: share in (0, 1) of pictures that are not the subject. Default: the bank's, or .01; with
-                fewer than 99 negatives the smallest that they can state, 1 / (n + 1).
+            negatives: pictures that are not the subject, best as near to it as those to be refused: of similar
+                subjects, or of its class, as made for prior preservation. At most a share `false_accept_rate` of
+                pictures like them is accepted; of nearer ones it may be far more. They come on top of the calibration
+                bank: the higher of the two thresholds is taken, so that easy ones do no harm. (Set `calibration` to
+                None to go by them alone.) Without either, `uncalibrated_threshold` is used.
+            false_accept_rate: share in (0, 1) of pictures that are not the subject. Default: the bank's, or .01; of
+                negatives too few to state it the smallest that they can, 1 / (n + 1).
 
         Raises InputError when the rate asked for takes more negatives, or the bank more subjects, than there are.
         """
@@ -361,16 +367,16 @@ class IdentityScorer:
         if measured and measured.aggregation == chosen and negatives is None and false_accept_rate is None:
             return Subject(references, measured.threshold, chosen, measured.origin)
         bank = self.calibration if isinstance(self.calibration, CalibrationBank) else None
-        known = bank.known_scores(len(references), chosen) if bank else None
+        known = [bank.known_scores(len(references), chosen)] if bank else []
         if negatives is not None:
             impostor = identity_scores(self.embed(negatives), references, chosen)[:, None]
             own = leave_one_out_scores(references, chosen)
-            known = KnownScores("negatives", impostor, known.genuine if known else own[~own.isnan()])
-        subject = Subject(references, uncalibrated_threshold(references, chosen), chosen, known=known)
-        if false_accept_rate is None and known is not None:
-            usual = bank.false_accept_rate if bank else DEFAULT_FALSE_ACCEPT_RATE
-            false_accept_rate = max(usual, smallest_rate(len(known.impostor)))
-        return subject if false_accept_rate is None else subject.at(false_accept_rate)
+            known.insert(0, KnownScores("negatives", impostor, known[0].genuine if known else own[~own.isnan()]))
+        subject = Subject(references, uncalibrated_threshold(references, chosen), chosen, known=tuple(known))
+        if false_accept_rate is not None:
+            return subject.at(false_accept_rate)
+        usual = bank.false_accept_rate if bank else DEFAULT_FALSE_ACCEPT_RATE
+        return subject._at_highest(*(scores.threshold_near(usual) for scores in known)) if known else subject
 
     def score(self, images: Images, subject: Subject, on_error: OnError | None = None) -> Tensor:
         """Pictures -> float32 [N] in [-1, 1]; with `on_error`, NaN for those that cannot be read, see `embed`.

@@ -132,7 +132,9 @@ def test_what_to_expect_is_stated():
     threshold, origin = known.threshold_at(0.01)
     assert threshold == conformal_threshold(scores(99, 1), 0.01)
     assert origin == ThresholdOrigin("negatives", 0.01, True, 99, 0.25, 4)
-    expected = "accepts at most 1.00% of near-identities (99 negatives), expected to reject 25.00% of the subject's own"
+    expected = (
+        "accepts at most 1.00% of pictures like the 99 negatives given, expected to reject 25.00% of the subject's own"
+    )
     assert str(origin) == f"{expected} (n = 4)"
     alone = KnownScores("negatives", scores(99, 1), torch.zeros(0)).threshold_at(0.01)[1]
     assert (alone.false_reject_rate, alone.num_genuine) == (None, 0) and "reject" not in str(alone)

@@ -43,7 +43,7 @@ def result() -> GuardResult:
 
 def test_candidates_become_tiles_best_first(result: GuardResult):
     tiles = report.candidate_tiles(result)
-    assert [tile.name for tile in tiles] == ["seed 7", "seed 6", "seed 5", "seed 8"]
+    assert [tile.name for tile in tiles] == ["seed 7", "seed 6", "seed 5", "seed 8, step 12"]
     assert [tile.status for tile in tiles] == ["accepted", "accepted", "rejected", "stopped"]
 
 
@@ -110,6 +110,7 @@ def test_the_report_says_everything_the_run_did(result: GuardResult):
         "seed": 7,
         "score": 0.9,
         "status": "accepted",
+        "reason": "",
         "stopped_at_step": None,
         "image": "candidate-7.png",
     }

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -335,14 +336,24 @@ def test_given_negatives_set_the_threshold(scorer, pictures):
     assert scorer.enroll(pictures[0], negatives=negatives).origin.false_reject_rate is None
 
 
-def test_negatives_go_before_the_bank_which_knows_genuine_pictures(tiny_nearid_dir, pictures):
-    scorer = scorer_with(tiny_nearid_dir, bank())
-    subject = scorer.enroll(pictures[:3], negatives=[picture(seed) for seed in range(100, 115)])
-    genuine, _ = bank().scores(3, "centroid")
-    origin = subject.origin
-    assert (origin.source, origin.false_accept_rate, origin.num_negatives) == ("negatives", 0.1, 15)
-    assert origin.num_genuine == 60
-    assert origin.false_reject_rate == float((genuine < subject.threshold).double().mean())
+def test_negatives_come_on_top_of_the_bank_which_knows_genuine_pictures(tiny_nearid_dir, pictures):
+    negatives = [picture(seed) for seed in range(100, 115)]
+    own = scorer_with(tiny_nearid_dir, None).enroll(pictures[:3], "centroid", negatives, 0.1)
+    lax = bank()
+    strict = replace(lax, impostor=lax.genuine[:, :1] * 0 + 0.999)  # [B,1,R]: all but the subject itself
+    sources = []
+    for calibration in (lax, strict):
+        scorer = scorer_with(tiny_nearid_dir, calibration)
+        alone, subject = scorer.enroll(pictures[:3]), scorer.enroll(pictures[:3], negatives=negatives)
+        assert subject.threshold == max(own.threshold, alone.threshold)
+        genuine, _ = calibration.scores(3, "centroid")
+        assert subject.origin.num_genuine == 60
+        assert subject.origin.false_reject_rate == float((genuine < subject.threshold).double().mean())
+        assert scorer.enroll(pictures[:3], negatives=negatives[:2]).threshold >= alone.threshold
+        with pytest.raises(InputError, match=r"takes 49 negatives .* here are 15;"):
+            subject.at(0.02)
+        sources.append(subject.origin.source)
+    assert sources == ["negatives", "bank"]
 
 
 def test_too_few_negatives(scorer, pictures):
@@ -398,10 +409,10 @@ def test_subject_round_trip(scorer, pictures, tmp_path):
         assert torch.equal(again.embeddings, subject.embeddings) and again.fingerprint == subject.fingerprint
         assert (again.threshold, again.aggregation) == (subject.threshold, subject.aggregation)
         assert again.origin == subject.origin
-        if subject.known is not None:
+        if subject.known:
             assert again.at(0.3).threshold == subject.at(0.3).threshold
             assert again.at(0.3).origin == subject.at(0.3).origin
-        assert (again.known is None) == (subject.known is None)
+        assert len(again.known) == len(subject.known)
     assert [path.name for path in tmp_path.iterdir()] == ["me.safetensors"]
 
 
@@ -410,7 +421,7 @@ def test_files_from_before_origins_load(tmp_path):
     save_file({"embeddings": embeddings}, tmp_path / "old.safetensors", metadata)
     subject = Subject.load(tmp_path / "old.safetensors")
     assert torch.equal(subject.embeddings, embeddings) and (subject.threshold, subject.aggregation) == (0.625, "max")
-    assert subject.origin == ThresholdOrigin() and subject.known is None
+    assert subject.origin == ThresholdOrigin() and not subject.known
     save_file({"embeddings": embeddings}, tmp_path / "bad.safetensors", metadata | {"origin": '{"who": 1}'})
     with pytest.raises(InputError, match="not a saved subject"):
         Subject.load(tmp_path / "bad.safetensors")
