@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, FluxAutoBlocks, ModularPipelineBlocks
 from tiny_pipelines import build
 
 from nearid_personalize import IdentityGuard, IdentityScorer, InputError
+from nearid_personalize.denoising import decode_latents
 from nearid_personalize.selection import FixedSchedule
 
 PIPELINES = str(Path(__file__).parent.parent / "pipelines")
@@ -111,7 +112,7 @@ def test_the_scorer_may_be_named(saved, tiny_nearid_dir, photo_dir):
 
 
 def test_whatever_is_done_to_the_pipeline_holds_under_its_guard(saved, scorer, subject, tmp_path):
-    """Another scheduler, an adapter, parts of one's own, offloading: those of the base."""
+    """Another scheduler, an adapter, parts of one's own, a callback: those of the base."""
     from diffusers import EulerDiscreteScheduler
     from peft import LoraConfig
 
@@ -120,8 +121,7 @@ def test_whatever_is_done_to_the_pipeline_holds_under_its_guard(saved, scorer, s
         plain.unet.conv_out.weight.mul_(2.0)
     pipe = load(saved("sd"), scorer, subject=subject, unet=plain.unet, safety_checker=None)
     assert pipe.unet is plain.unet
-    for each in (plain, pipe):
-        each.scheduler = EulerDiscreteScheduler.from_config(each.scheduler.config)
+    pipe.scheduler = plain.scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1)
     plain.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     seen = []
 
@@ -215,6 +215,15 @@ def test_rejected_in_the_loop_and_re_ranked_at_the_end(family, saved, scorer, su
         row: f"stopped after step {step}" for row, step in state.stopped_at.items()
     }
     assert (state.images - rows[best]).abs().max() <= 1e-5
+
+
+def test_modular_sdxl_previews_are_decoded_in_float32(saved):
+    pipe = modular(identity_blocks("sdxl"), saved("sdxl"))
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected, seen = decode_latents(pipe, latents), []
+    pipe.vae.half().decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    assert (decode_latents(pipe, latents) - expected).abs().max() < 0.01
+    assert seen == [torch.float32] and pipe.vae.dtype == torch.float16
 
 
 @pytest.mark.parametrize("family", ["flux", "sdxl"])
