@@ -623,7 +623,7 @@ def _score_files(scorer: "IdentityScorer", subject: "Subject", paths: Sequence[P
 def chosen_floors(
     options: Guarding, model: str, scorer: "IdentityScorer", references: Sequence[Image.Image]
 ) -> "list[Floor]":
-    """What else than identity a picture must pass: the encoder's quality floor, if it has one, and what is asked for."""
+    """What else a picture must pass: the quality floor of an encoder that has one, and what is asked for."""
     from nearid_personalize.floors import AdherenceFloor, CopyFloor, find_quality_floor
 
     floors: list[Floor] = []
