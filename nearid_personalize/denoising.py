@@ -447,7 +447,8 @@ def decode_latents(
     latents = latents_for_vae(pipe, latents, height, width, vae.config)
     dtype = vae.dtype
     # SDXL's VAE overflows in float16, so its pipeline decodes in float32
-    upcast = hasattr(pipe, "upcast_vae") and dtype == torch.float16 and vae.config.force_upcast
+    overflows = hasattr(pipe, "upcast_vae") or type(pipe).__name__ == "StableDiffusionXLModularPipeline"
+    upcast = overflows and dtype == torch.float16 and vae.config.force_upcast
     if upcast:
         vae.to(dtype=torch.float32)
     try:

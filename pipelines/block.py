@@ -12,6 +12,7 @@ smaller batches when memory runs out, no floors.
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import diffusers
 import torch
@@ -110,7 +111,7 @@ class RerankStep(ModularPipelineBlocks):
 
     @property
     def inputs(self) -> list[InputParam]:
-        names = ("images", "rows", "stopped_at", "scorer", "subject", "height", "width")
+        names = ("images", "rows", "stopped_at", "scorer", "subject")
         return [
             *(InputParam(name, required=True) for name in names),
             InputParam("num_images", default=1),
@@ -127,13 +128,18 @@ class RerankStep(ModularPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components, state):
         block_state = self.get_block_state(state)
-        images, size = block_state.images, (block_state.height, block_state.width)
+        images, stopped_at = block_state.images, block_state.stopped_at
         pictures = images
         if block_state.output_type != "pil":
-            pictures = to_pictures(as_pixels(images, block_state.output_type, components, *size))
-        scores = torch.full((len(block_state.rows) + len(block_state.stopped_at),), torch.nan)
+            pictures = to_pictures(as_pixels(images, block_state.output_type, components))
+        scores = torch.full((len(block_state.rows) + len(stopped_at),), torch.nan)
         scores[block_state.rows] = block_state.scorer.score(pictures, block_state.subject)
-        block_state.verdicts = rank_candidates(scores, block_state.subject.threshold)
+        block_state.verdicts = tuple(
+            replace(verdict, reason=f"stopped after step {stopped_at[verdict.index]}")
+            if verdict.index in stopped_at
+            else verdict
+            for verdict in rank_candidates(scores, block_state.subject.threshold)
+        )
         best = [block_state.rows.index(v.index) for v in best_accepted(block_state.verdicts, block_state.num_images)]
         block_state.images = [images[place] for place in best] if isinstance(images, list) else images[best]
         self.set_block_state(state, block_state)

@@ -69,10 +69,21 @@ class IdentityGuardPipeline(DiffusionPipeline):
     from the base's `model_index.json`.
     """
 
-    _optional_components = (  # noqa: RUF005  a list, as diffusers adds lists to it
-        "vae text_encoder text_encoder_2 text_encoder_3 tokenizer tokenizer_2 tokenizer_3 unet transformer scheduler "
-        "safety_checker feature_extractor image_encoder"
-    ).split()
+    _optional_components = [  # noqa: RUF012  as every pipeline's
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+        "tokenizer",
+        "tokenizer_2",
+        "tokenizer_3",
+        "unet",
+        "transformer",
+        "scheduler",
+        "safety_checker",
+        "feature_extractor",
+        "image_encoder",
+    ]
 
     # Components have no defaults: diffusers takes those that have some for plain options, and loads the base's own
     # component over one that was passed. They have no types: they are those of the base's class.
