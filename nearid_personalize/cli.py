@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
@@ -619,11 +620,17 @@ def _score_files(scorer: "IdentityScorer", subject: "Subject", paths: Sequence[P
     return torch.cat([scorer.score([load_image(path) for path in chunk], subject) for chunk in progress])
 
 
-def chosen_floors(options: Guarding, references: Sequence[Image.Image]) -> "list[Floor]":
-    """What else than identity a picture must pass."""
-    from nearid_personalize.floors import AdherenceFloor, CopyFloor
+def chosen_floors(
+    options: Guarding, model: str, scorer: "IdentityScorer", references: Sequence[Image.Image]
+) -> "list[Floor]":
+    """What else a picture must pass: the quality floor of an encoder that has one, and what is asked for."""
+    from nearid_personalize.floors import AdherenceFloor, CopyFloor, find_quality_floor
 
     floors: list[Floor] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is none is no news on every run
+        if quality := find_quality_floor(model, scorer):
+            floors.append(quality)
     if options.reject_copies:
         floors.append(CopyFloor.from_references(references))
     if options.text_image_model is not None:
@@ -643,13 +650,14 @@ def _guarded(
     from nearid_personalize.selection import DEFAULT_POLICY
 
     subject = scorer.enroll(references, false_accept_rate=options.false_accept_rate)
+    encoder = options.model if isinstance(options, Generate) else "miniworld"
     guard = IdentityGuard(
         pipe,
         scorer,
         subject,
         max_batch_size=options.max_batch_size,
         policy=DEFAULT_POLICY if options.race else None,
-        floors=chosen_floors(options, references),
+        floors=chosen_floors(options, encoder, scorer, references),
         duplicate_limit=COPY_LIMIT if options.reject_copies else None,
     )
     guidance = {} if options.guidance_scale is None else {"guidance_scale": options.guidance_scale}

@@ -176,6 +176,12 @@ class PreviewProfile:
         }
         return replace(run, **sums)
 
+    @property
+    def knows_level(self) -> bool:
+        """Whether it tells at what scores the run at hand ends and how widely its previews spread."""
+        levels = (*self.preview_level, *self.final_level, *self.preview_spread)
+        return bool(levels) and all(map(math.isfinite, levels))
+
     def correlation(self) -> tuple[float, ...]:
         """Correlation of preview with final score, in [-1, 1], for a group that nobody was stopped in; 0: unknown."""
         return tuple(r.correlation for r in map(self.relation, range(len(self.step_fractions))))
@@ -271,20 +277,21 @@ def chance_among_best(
 
 @dataclass(frozen=True)
 class RacingPolicy:
-    """Stops a candidate when its chance to end among the wanted ones is below the risk.
+    """Stops candidates whose chance to end among the wanted ones is small.
 
-    risk: in [0, 1), per wanted image: a candidate is stopped when its chance to end among the `num_images` best is
-    below `risk * num_images`. The chances of all candidates add up to `num_images`.
+    risk: in [0, 1), the share of the wanted images that stopping may cost, expected over a whole run. Each of the
+    decisions gets an equal part of it and stops candidates, the least likely first, while their chances to end among
+    the `num_images` best add up to no more than that part of `num_images`.
     step_fractions: in (0, 1), when to ask.
-    prior: (fraction, correlation of preview with final score) in between which is linear, from (0, 0) to (1, 1): what
-    is believed before anyone has finished, between what was measured on SDXL, FLUX.1 and the mini-world.
+    prior: (fraction, correlation of preview with final score), linear in between and from (0, 0) to (1, 1): what is
+    believed before anyone has finished, between what was measured on SDXL, FLUX.1 and the mini-world.
     prior_weight: how many finished candidates it counts as, > 0.
     profile, finished, threshold: what is known, see `informed`.
     """
 
-    risk: float = 0.015
+    risk: float = 0.16
     step_fractions: tuple[float, ...] = (0.3, 0.4, 0.55, 0.7)
-    prior: tuple[tuple[float, float], ...] = ((0.2, 0.2), (0.3, 0.4), (0.5, 0.65), (0.7, 0.83), (0.9, 0.97))
+    prior: tuple[tuple[float, float], ...] = ((0.2, 0.22), (0.3, 0.42), (0.5, 0.68), (0.7, 0.85), (0.9, 0.975))
     prior_weight: float = 16.0
     profile: PreviewProfile | None = None
     finished: tuple[float, ...] = ()
@@ -322,35 +329,37 @@ class RacingPolicy:
         if len(ranked) <= at_least:
             return going  # type: ignore[return-value]
         chances = self.chances(step_fraction, ranked, len(scores), num_images)
-        kept = max(at_least, int((chances >= self.risk * num_images).sum()))
-        return going & (scores >= ranked[kept - 1])  # type: ignore[return-value]
+        allowed = self.risk * num_images / len(self.step_fractions)
+        stopped = int((chances.flip(0).cumsum(0) < allowed).sum())
+        return going & (scores >= ranked[max(at_least, len(ranked) - stopped) - 1])  # type: ignore[return-value]
 
     def chances(self, step_fraction: float, previews: Tensor, num_started: int, num_images: int) -> Tensor:
         """Chance `[n]` of those still going, `previews` `[n]`, of `num_started`, to end among the wanted ones."""
         known = self.profile.at((step_fraction,)) if self.profile else None
         correlation, scale = self.relation(step_fraction, known)
         spread, sample = full_spread(previews, num_started), len(previews)
-        finished, threshold, level = self.finished, self.threshold, math.nan
-        if known and known.final_level and finished:
-            level, earlier = known.final_level[0], known.preview_spread[0]
-            if math.isfinite(level) and earlier > 0:
-                spread = math.hypot(spread, earlier) / math.sqrt(2) if math.isfinite(spread) else earlier
-                sample += len(finished)
-        if math.isfinite(level) and known:
-            centre = known.preview_level[0]
+        preview_level, final_level = float(previews.mean()), 0.0
+        finished, threshold = self.finished, self.threshold
+        if finished and known and known.knows_level:
+            (preview_level,), (final_level,) = known.preview_level, known.final_level
+            # a wave after the first may be too small to tell its spread
+            spread = (
+                math.sqrt((spread**2 + known.preview_spread[0] ** 2) / 2) if sample > 2 else known.preview_spread[0]
+            )
+            sample += len(finished)
         else:
-            centre, level, finished, threshold = float(previews.mean()), 0.0, (), None
+            finished, threshold = (), None
         if not spread > 0:
             return torch.ones(len(previews), dtype=torch.float64)
-        expected = level + correlation * scale * (previews - centre)
+        expected = final_level + correlation * scale * (previews - preview_level)
         # few candidates tell their own spread badly: the error is widened as a Student variable is
         error = scale * spread * math.sqrt((1 - correlation**2) * (sample + 1) / max(1, sample - 1))
         return chance_among_best(expected, error, num_images, finished, threshold)
 
     def relation(self, step_fraction: float, known: PreviewProfile | None) -> tuple[float, float]:
         """Correlation in [0, 1) and scale > 0 at a fraction: prior and profile, each by its weight in candidates."""
-        points = ((0.0, 0.0), *self.prior, (1.0, 1.0))
-        believed = float(np.interp(step_fraction, *zip(*points, strict=True)))
+        fractions, correlations = zip((0.0, 0.0), *self.prior, (1.0, 1.0))
+        believed = float(np.interp(step_fraction, fractions, correlations))
         seen = known.relation(0) if known else Relation(0.0, 1.0, 0.0)
         share = seen.weight / (seen.weight + self.prior_weight)
         correlation = (1 - share) * believed + share * seen.correlation
@@ -443,26 +452,29 @@ def replay(
         )
     if hasattr(policy, "seeded"):
         policy = policy.seeded(seed)
-    asked = asked_columns(fractions, getattr(policy, "step_fractions", None))
-    seen, ended = torch.full_like(previews, math.nan), torch.full_like(finals, math.nan)
+    columns = asked_columns(fractions, getattr(policy, "step_fractions", None))
+    asked = [fractions[column] for column in columns]
+    seen = torch.full((len(finals), len(asked)), math.nan)
+    ended = torch.full_like(finals, math.nan)
     started, cost = 0, 0.0
-    candidate_cost = 1 + preview_cost * len(asked)
-    while wave := next_wave(num_candidates, started, cost, budget, max_batch_size, candidate_cost):
+    while wave := next_wave(num_candidates, started, cost, budget, max_batch_size, 1 + preview_cost * len(asked)):
         rows = torch.arange(started, min(started + wave, len(finals)))
         finished = ended[~ended.isnan()].tolist()
-        if len(rows) == 0 or (threshold is not None and sum(s >= threshold for s in finished) >= num_images):
+        if len(rows) == 0 or (threshold is not None and sum(score >= threshold for score in finished) >= num_images):
             break
         informed = policy
         if hasattr(policy, "informed"):
-            run = PreviewProfile.fit(seen[:started], ended[:started], fractions) if finished else None
-            informed = policy.informed(profile.joined(run) if profile and run else run or profile, finished, threshold)
-        before = 0.0
-        going = torch.ones(len(rows), dtype=torch.bool)
-        for column in asked:
-            cost += int(going.sum()) * (fractions[column] - before + preview_cost)
-            before = fractions[column]
-            seen[rows[going], column] = previews[rows[going], column]
-            going = going & informed.decide(before, seen[rows, column].float(), num_images)  # type: ignore[arg-type]
+            known = profile
+            if finished and asked:
+                run = PreviewProfile.fit(seen[:started], ended[:started], asked)
+                known = profile.joined(run) if profile else run
+            informed = policy.informed(known, finished, threshold)
+        going, before = torch.ones(len(rows), dtype=torch.bool), 0.0
+        for number, (column, fraction) in enumerate(zip(columns, asked)):
+            cost += int(going.sum()) * (fraction - before + preview_cost)
+            before = fraction
+            seen[rows[going], number] = previews[rows[going], column].float()
+            going = going & informed.decide(fraction, seen[rows, number], num_images)  # type: ignore[arg-type]
         cost += int(going.sum()) * (1 - before)
         ended[rows[going]] = finals[rows[going]]
         started += len(rows)

@@ -88,7 +88,9 @@ class RejectStep(ModularPipelineBlocks):
         due = [fraction for fraction in asked_at if step in steps_at([fraction], num_steps)]
         if due and step < num_steps:
             scores = torch.full((len(block_state.rows) + len(block_state.stopped_at),), torch.nan)
-            scores[block_state.rows] = block_state.scorer.score(preview(components, block_state, t), block_state.subject)
+            scores[block_state.rows] = block_state.scorer.score(
+                preview(components, block_state, t), block_state.subject
+            )
             goes_on = block_state.policy.decide(due[-1], scores, block_state.num_images)
             cut(block_state, [place for place, row in enumerate(block_state.rows) if goes_on[row]], step)
         return components, block_state

@@ -121,7 +121,9 @@ class IdentityGuardPipeline(DiffusionPipeline):
         wanted = inspect.signature(kind.__init__).parameters
         known = inspect.signature(cls.__init__).parameters
         if foreign := [name for name in wanted if name not in known]:
-            raise InputError(f"base {base} has {', '.join(foreign)}, unknown here; use IdentityGuard(pipe, ...) instead")
+            raise InputError(
+                f"base {base} has {', '.join(foreign)}, unknown here; use IdentityGuard(pipe, ...) instead"
+            )
         if not isinstance(scorer, IdentityScorer):
             if scorer is None:
                 raise InputError("scorer must be given: an IdentityScorer, or the folder or Hub id of a NearID encoder")

@@ -2,27 +2,37 @@
 
 import io
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import checkered, tiny_tokenizer
 from PIL import Image, ImageEnhance, ImageOps
+from safetensors.torch import save
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
+from nearid_personalize.encoder import load_encoder
 from nearid_personalize.errors import InputError
 from nearid_personalize.floors import (
     COPY_LIMIT,
     AdherenceFloor,
     CopyFloor,
+    QualityFloor,
+    QualityProbe,
+    QualityRates,
     TextImageEncoder,
     copy_rate,
     copy_similarity,
     diversity,
+    find_quality_floor,
     near_duplicates,
+    save_quality,
     thumbnails,
 )
 from nearid_personalize.miniworld import View, example_references, photos, render, sample_pet
+from nearid_personalize.scorer import IdentityScorer
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +224,88 @@ def test_encoders_without_text_and_folders_without_tokenizer_are_refused(tiny_ne
     text_image_model("siglip").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no tokenizer"):
         TextImageEncoder.from_pretrained(tmp_path)
+
+
+# --- picture quality -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tiny_nearid_dir, tmp_path) -> Path:
+    """A copy of the tiny checkpoint, to be given a quality floor."""
+    return Path(shutil.copytree(tiny_nearid_dir, tmp_path / "checkpoint"))
+
+
+def rates(threshold: float = 0.5) -> QualityRates:
+    return QualityRates(threshold, {"finished": 0.01}, {"blur": 0.1}, {"finished": 100}, {"blur": 50}, "test pictures")
+
+
+def give_floor(folder: Path, threshold: float = 0.5) -> None:
+    torch.manual_seed(1)
+    model, preprocessing, _ = load_encoder(folder)
+    save_quality(folder, model, preprocessing, QualityProbe(32, hidden=8), rates(threshold))
+
+
+def test_a_saved_floor_comes_back_with_its_rates(checkpoint):
+    give_floor(checkpoint)
+    images = [checkered(seed) for seed in range(3)]
+    floor = QualityFloor.from_pretrained(checkpoint)
+    assert floor.rates == rates() and floor.threshold == 0.5
+    scorer = IdentityScorer.from_pretrained(checkpoint)
+    shared = QualityFloor.from_pretrained(checkpoint, scorer)
+    assert shared.model is scorer.model and torch.equal(shared.scores(images), floor.scores(images))
+    assert floor.scores(images).min() >= 0 and floor.scores(images).max() <= 1
+    found = find_quality_floor(checkpoint, scorer)
+    assert found is not None and torch.equal(found.scores(images), floor.scores(images))
+
+
+def test_reasons_say_the_quality_and_the_threshold(checkpoint):
+    give_floor(checkpoint)
+    images = [checkered(seed) for seed in range(4)]
+    scores = QualityFloor.from_pretrained(checkpoint).scores(images)
+    middle = float(scores.sort().values[1:3].mean())
+    reasons = QualityFloor.from_pretrained(checkpoint, threshold=middle).judge(images, "any prompt")
+    assert [reason == "" for reason in reasons] == (scores >= middle).tolist()
+    refused = int(scores.argmin())
+    assert reasons[refused] == f"quality {scores[refused]:.2f} below {middle:.2f}".replace("0.", ".")
+
+
+def test_the_probe_reads_tokens_in_any_order_and_number():
+    torch.manual_seed(0)
+    probe, tokens = QualityProbe(16, hidden=4), torch.randn(3, 9, 16)
+    assert torch.allclose(probe(tokens), probe(tokens[:, torch.randperm(9)]), atol=1e-5)
+    assert torch.allclose(probe(tokens), probe(torch.cat([tokens, tokens], dim=1)), atol=1e-5)
+
+
+def test_half_precision_is_the_same_trunk_and_another_trunk_is_not(checkpoint, tmp_path):
+    give_floor(checkpoint)
+    images = [checkered(seed) for seed in range(3)]
+    half = QualityFloor.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    assert torch.allclose(half.scores(images), QualityFloor.from_pretrained(checkpoint).scores(images), atol=0.02)
+    model, _, _ = load_encoder(checkpoint)
+    with torch.no_grad():
+        model.backbone.encoder.layers[1].mlp.fc2.weight.mul_(-3)
+    model.save_pretrained(checkpoint)
+    with pytest.raises(InputError, match="another trunk"):
+        QualityFloor.from_pretrained(checkpoint)
+
+
+def test_a_new_head_keeps_the_floor(checkpoint):
+    give_floor(checkpoint)
+    before = QualityFloor.from_pretrained(checkpoint).scores([checkered(0)])
+    model, _, _ = load_encoder(checkpoint)
+    model.reset_head().save_pretrained(checkpoint)
+    assert torch.equal(QualityFloor.from_pretrained(checkpoint).scores([checkered(0)]), before)
+
+
+def test_without_a_file_there_is_no_floor_and_it_says_so(checkpoint):
+    with pytest.raises(InputError, match=r"quality.safetensors: no such file.*train_quality"):
+        QualityFloor.from_pretrained(checkpoint)
+    with pytest.warns(UserWarning, match=r"has no quality.safetensors"):
+        assert find_quality_floor(checkpoint) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors", save({"answer": torch.zeros(2)})])
+def test_damaged_files_are_refused(checkpoint, content):
+    (checkpoint / "quality.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="not a saved quality probe"):
+        QualityFloor.from_pretrained(checkpoint)

@@ -1,0 +1,298 @@
+"""How often do the floors err? `python benchmarks/quality_floor.py --model FOLDER` (mini-world test subjects).
+
+Quality: good and bad pictures of test subjects, by kind; kinds named by `--left-out` are measured on validation
+subjects by a probe that never saw that kind. Copies: altered references must be found, other pictures not. Adherence:
+pictures that show the prompt, and the same subjects elsewhere. Candidates drawn by `quickstart_quality.py`, where
+`--drawn` has them, are good pictures, copy nothing, and show their prompt and not the other. 95 % Wilson intervals.
+"""
+
+import io
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+
+from nearid_personalize.cli import load_pipeline
+from nearid_personalize.data.reconstruct import Reconstruction
+from nearid_personalize.encoder import load_encoder
+from nearid_personalize.floors import (
+    COPY_LIMIT,
+    AdherenceFloor,
+    CopyFloor,
+    QualityFloor,
+    TextImageEncoder,
+    picture_tokens,
+)
+from nearid_personalize.images import list_images, load_image, save_image
+from nearid_personalize.miniworld import CONTEXTS, Pet, Split, photos, render, sample_pet, sample_view, weights_dir
+from nearid_personalize.training.quality import (
+    QualityOptions,
+    centre_at_half,
+    fit_probe,
+    for_validation,
+    make_pictures,
+    measure,
+    miniworld_photos,
+    miniworld_prompts,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    quality: Annotated[QualityOptions, tyro.conf.arg(name="")]
+    model: str = "miniworld"
+    """Folder with quality.safetensors."""
+    skip: tuple[str, ...] = ()
+    """Of quality, copies, adherence: what is not to be measured."""
+    left_out: tuple[str, ...] = ()
+    """Kinds of bad picture to leave out of training, one after the other."""
+    drawn: Path = Path("runs/quality")
+    """What quickstart_quality.py drew, of subjects of `split`."""
+    real: Path | None = None
+    """Folder of folders with real photos, one subject each, to measure copies on, too."""
+    split: Split = "test"
+    num_subjects: int = 48
+    """Subjects whose copies and prompts are measured."""
+    first_subject: int = 6000
+    sheet: Path | None = None
+    """PNG to write examples of every kind to, passed and refused."""
+
+
+def wilson(errors: int, count: int) -> tuple[float, float]:
+    """95 % interval of a share (E. B. Wilson, 1927): sound also at 0 of n."""
+    z = NormalDist().inv_cdf(0.975)
+    share, spread = errors / count, z * z / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = z * (share * (1 - share) / count + spread / count / 4) ** 0.5 / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def report(what: str, wrong: Sequence[bool]) -> None:
+    """One line: a share of errors."""
+    errors, count = sum(wrong), len(wrong)
+    low, high = wilson(errors, count)
+    print(f"  {what:34} {errors / count:.3f} [{low:.3f}, {high:.3f}]  n {count}", flush=True)
+
+
+def drawn_candidates(options: Options) -> Iterator[tuple[Pet, list[Image.Image], list[tuple[str, list[Image.Image]]]]]:
+    """Subject, references, and for each of two contexts the candidates that quickstart_quality.py drew."""
+    for path in sorted(options.drawn.glob("*.npz")):
+        pet = sample_pet(options.split, int(path.stem))
+        elsewhere = [(shot, context) for shot, context in photos(pet, len(CONTEXTS)) if context != "space"]
+        references = [Image.fromarray(shot.image) for shot, _ in elsewhere[:4]]
+        pictures = np.load(path)["pictures"]  # [2,16,64,64,3]
+        by_context = zip(("space", elsewhere[4][1]), pictures)
+        yield pet, references, [(context, [Image.fromarray(p) for p in images]) for context, images in by_context]
+
+
+# --- quality ---------------------------------------------------------------------------------------------------------
+
+
+def measure_quality(options: Options) -> None:
+    """The saved floor on test pictures."""
+    floor = QualityFloor.from_pretrained(options.model)
+    pipe = load_pipeline("miniworld", "cpu", torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    chosen = for_validation(options.quality)
+    good, bad = make_pictures(
+        pipe,
+        miniworld_photos(options.split, chosen.num_photos),
+        miniworld_prompts(options.split, chosen.num_drawn),
+        floor.preprocessing.size,
+        chosen,
+    )
+    lora = [image for _, _, contexts in drawn_candidates(options) for _, images in contexts for image in images]
+    good |= {"drawn with a LoRA": lora} if lora else {}
+    print(f"quality, threshold {floor.threshold:.2f}: good pictures refused")
+    refused = {kind: [reason != "" for reason in floor.judge(images)] for kind, images in (good | bad).items()}
+    for kind in good:
+        report(kind, refused[kind])
+    print("quality: bad pictures passed")
+    for kind in bad:
+        report(kind, [not r for r in refused[kind]])
+    report("all kinds", [not r for kind in bad for r in refused[kind]])
+    if options.sheet:
+        save_image(sheet(good | bad, refused), options.sheet)
+
+
+def measure_left_out(options: Options) -> None:
+    """Probes that never saw a kind of bad picture, on validation pictures of that kind."""
+    model, preprocessing, _ = load_encoder(weights_dir("nearid") if options.model == "miniworld" else options.model)
+    pipe = load_pipeline("miniworld", "cpu", torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    sides = []
+    splits: tuple[tuple[Split, QualityOptions], ...] = (
+        ("train", options.quality),
+        ("val", for_validation(options.quality)),
+    )
+    for split, chosen in splits:
+        shots = miniworld_photos(split, chosen.num_photos)
+        made = make_pictures(pipe, shots, miniworld_prompts(split, chosen.num_drawn), preprocessing.size, chosen)
+        sides.append([{k: picture_tokens(model, preprocessing, p).half() for k, p in side.items()} for side in made])
+    (good, bad), (val_good, val_bad) = sides
+    print("quality: bad pictures of a kind left out of training, passed (validation subjects)")
+    for kind in options.left_out:
+        probe = fit_probe(good, {k: tokens for k, tokens in bad.items() if k != kind}, options.quality)
+        centre_at_half(probe, val_good, options.quality)
+        rates = measure(probe, val_good, {kind: val_bad[kind]}, 0.5, "")
+        count = rates.num_bad[kind]
+        errors = round(rates.miss[kind] * count)
+        report(kind, [True] * errors + [False] * (count - errors))
+
+
+def sheet(pictures: dict[str, list[Image.Image]], refused: dict[str, list[bool]], count: int = 20) -> Image.Image:
+    """A row of examples per kind; the refused ones are framed red."""
+    tile, label = 70, 130
+    result = Image.new("RGB", (label + count * tile, len(pictures) * tile), "white")
+    draw = ImageDraw.Draw(result)
+    for row, (kind, images) in enumerate(pictures.items()):
+        draw.text((4, row * tile + 28), kind, fill="black")
+        for column, (image, bad) in enumerate(zip(images[:count], refused[kind])):
+            corner = (label + column * tile, row * tile)
+            result.paste(ImageOps.expand(image.resize((64, 64)), 3, "red" if bad else "white"), corner)
+    return result
+
+
+# --- copies ----------------------------------------------------------------------------------------------------------
+
+
+def _jpeg(image: Image.Image, rng: random.Random) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=rng.randint(20, 60))
+    return Image.open(buffer).convert("RGB")
+
+
+def _cropped(image: Image.Image, rng: random.Random) -> Image.Image:
+    width, height = image.size
+    left, top, right, bottom = (rng.uniform(0, 0.1) for _ in range(4))
+    box = (left * width, top * height, (1 - right) * width, (1 - bottom) * height)
+    return image.resize(image.size, Image.Resampling.BICUBIC, box)
+
+
+def _shifted(image: Image.Image, rng: random.Random) -> Image.Image:
+    move = (1, 0, rng.uniform(-0.08, 0.08) * image.width, 0, 1, rng.uniform(-0.08, 0.08) * image.height)
+    return image.transform(image.size, Image.Transform.AFFINE, move, fillcolor=(128, 128, 128))
+
+
+def _relit(image: Image.Image, rng: random.Random) -> Image.Image:
+    return ImageEnhance.Color(ImageEnhance.Brightness(image).enhance(rng.uniform(0.7, 1.3))).enhance(
+        rng.uniform(0.7, 1.3)
+    )
+
+
+ALTERATIONS: dict[str, Callable[[Image.Image, random.Random], Image.Image]] = {
+    "mirrored": lambda image, rng: ImageOps.mirror(image),
+    "JPEG, quality 20 to 60": _jpeg,
+    "each side cropped by up to 10 %": _cropped,
+    "shifted by up to 8 %": _shifted,
+    "brightness, colour by up to 30 %": _relit,
+    "all of these but the shift": lambda image, rng: _jpeg(ImageOps.mirror(_cropped(_relit(image, rng), rng)), rng),
+}
+
+
+def measure_copies(options: Options) -> None:
+    """Altered references must be found; other pictures of the subject, its places, and LoRA drawings must not."""
+    vae = load_pipeline("miniworld", "cpu", torch.float32).vae
+    wrong: dict[str, list[bool]] = {}
+
+    def judge(kind: str, floor: CopyFloor, images: list[Image.Image], copies: bool) -> None:
+        reasons = floor.judge(images)
+        wrong.setdefault(f"{'miss' if copies else 'false alarm'}: {kind}", []).extend(
+            (reason == "") == copies for reason in reasons
+        )
+
+    for index in range(options.first_subject, options.first_subject + options.num_subjects):
+        pet, other = sample_pet(options.split, index), sample_pet(options.split, index + options.num_subjects)
+        rng = random.Random(f"copies/{index}")
+        shots = photos(pet, len(CONTEXTS))
+        references = [Image.fromarray(shot.image) for shot, _ in shots[:4]]
+        floor = CopyFloor.from_references(references)
+        for kind, alter in ALTERATIONS.items():
+            judge(kind, floor, [alter(image, rng) for image in references], True)
+        for level in (0.0, 0.3):
+            pixels = torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in references]).float() / 255
+            drawn = Reconstruction(vae, 1.0, level)(pixels, index)
+            images = [Image.fromarray((p * 255).byte().permute(1, 2, 0).numpy()) for p in drawn]
+            judge(f"autoencoder, latent noise {level}", floor, images, True)
+        for kind, who, wide in (
+            ("same place, wide view", pet, True),
+            ("same place, modest view", pet, False),
+            ("same place, another subject", other, False),
+        ):
+            images = [Image.fromarray(render(who, place, sample_view(rng, wide)).image) for _, place in shots[:4]]
+            judge(kind, floor, images, False)
+        judge("subject in other places", floor, [Image.fromarray(shot.image) for shot, _ in shots[4:]], False)
+    for _, references, contexts in drawn_candidates(options):
+        floor = CopyFloor.from_references(references)
+        judge("drawn with a LoRA", floor, [image for _, images in contexts for image in images], False)
+    for folder in sorted(options.real.iterdir()) if options.real else ():
+        if folder.is_dir():
+            shots_of_one = [load_image(path) for path in list_images(folder)]
+            rng = random.Random(folder.name)
+            for position, photo in enumerate(shots_of_one):
+                floor = CopyFloor.from_references([photo])
+                judge("real photos, altered", floor, [alter(photo, rng) for alter in ALTERATIONS.values()], True)
+                others = shots_of_one[:position] + shots_of_one[position + 1 :]
+                judge("real photos, others of the subject", floor, others, False)
+    print(f"copies, limit {COPY_LIMIT}")
+    for kind, errors in wrong.items():
+        report(kind, errors)
+
+
+# --- adherence -------------------------------------------------------------------------------------------------------
+
+
+def measure_adherence(options: Options) -> None:
+    """Each picture with a prompt that it shows, and with a prompt of another place."""
+    encoder = TextImageEncoder.from_pretrained("miniworld")
+    rivals = {"contrasting prompts": ([], []), "references": ([], []), "references, floor .1": ([], [])}
+
+    def judge(pet: Pet, place: str, references: list[Image.Image], showing: list, elsewhere: list) -> None:
+        contrasts = tuple(f"a photo of a {pet.category} in {other}" for other in CONTEXTS if other != place)
+        embedded = encoder.embed_images(references)
+        floors = (
+            AdherenceFloor(encoder, contrasts=contrasts),
+            AdherenceFloor(encoder, references=embedded),
+            AdherenceFloor(encoder, 0.1, references=embedded),
+        )
+        for (refused, passed), floor in zip(rivals.values(), floors):
+            reasons = floor.judge([*showing, *elsewhere], f"a photo of a {pet.category} in {place}")
+            refused += [reason != "" for reason in reasons[: len(showing)]]
+            passed += [reason == "" for reason in reasons[len(showing) :]]
+
+    for index in range(options.first_subject, options.first_subject + options.num_subjects):
+        pet = sample_pet(options.split, index)
+        shots = [(Image.fromarray(shot.image), place) for shot, place in photos(pet, len(CONTEXTS))]
+        references, (showing, place), elsewhere = shots[:4], shots[4], shots[5:]
+        judge(pet, place, [image for image, _ in references], [showing], [image for image, _ in elsewhere])
+    for pet, references, ((place, images), (other, others)) in drawn_candidates(options):
+        judge(pet, place, references, images, others)
+        judge(pet, other, references, others, images)
+    for name, (refused, passed) in rivals.items():
+        print(f"adherence, against {name}")
+        report("false alarm: shows the prompt", refused)
+        report("miss: shows another place", passed)
+
+
+def main(options: Options) -> None:
+    """Print all tables."""
+    parts = {"quality": measure_quality, "copies": measure_copies, "adherence": measure_adherence}
+    for name, part in parts.items():
+        if name not in options.skip:
+            part(options)
+    if options.left_out:
+        measure_left_out(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, description=__doc__)))
