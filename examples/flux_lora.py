@@ -15,7 +15,7 @@ parser.add_argument("--steps", type=int, default=28)
 parser.add_argument("--out", type=Path, default=Path("pictures"))
 args = parser.parse_args()
 
-pipe = FluxPipeline.from_pretrained(args.base, torch_dtype=torch.bfloat16)
+pipe = FluxPipeline.from_pretrained(args.base, dtype=torch.bfloat16)
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 pipe.load_lora_weights(args.lora)
 

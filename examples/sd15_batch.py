@@ -15,7 +15,7 @@ parser.add_argument("--out", type=Path, default=Path("pictures"))
 args = parser.parse_args()
 
 device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-pipe = StableDiffusionPipeline.from_pretrained(args.base, torch_dtype=dtype).to(device)
+pipe = StableDiffusionPipeline.from_pretrained(args.base, dtype=dtype).to(device)
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
 
 for line, prompt in enumerate(args.prompts.read_text(encoding="utf-8").splitlines()):

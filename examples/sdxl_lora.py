@@ -16,7 +16,7 @@ parser.add_argument("--out", type=Path, default=Path("pictures"))
 args = parser.parse_args()
 
 device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-pipe = StableDiffusionXLPipeline.from_pretrained(args.base, torch_dtype=dtype).to(device)
+pipe = StableDiffusionXLPipeline.from_pretrained(args.base, dtype=dtype).to(device)
 pipe.load_lora_weights(args.lora)
 
 images = pipe(
