@@ -327,6 +327,7 @@ def run_score(options: Score) -> int:
         scorer = IdentityScorer.from_pretrained(options.model, choose_device(options.device), trunk=options.trunk)
     with clock.stage("score"):
         subject = scorer.enroll(references, false_accept_rate=options.false_accept_rate)
+        _say(options.json, subject.describe())
         ranking = rank_candidates(_score_files(scorer, subject, paths), subject.threshold)
     verdicts = [(paths[v.index], v.score, "accepted" if v.accepted else "rejected") for v in ranking]
     report = score_report(
@@ -650,6 +651,7 @@ def _guarded(
     from nearid_personalize.selection import DEFAULT_POLICY
 
     subject = scorer.enroll(references, false_accept_rate=options.false_accept_rate)
+    _say(options.json, subject.describe())
     encoder = options.model if isinstance(options, Generate) else "miniworld"
     guard = IdentityGuard(
         pipe,
