@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import checkered
 from diffusers import DiffusionPipeline, FluxAutoBlocks, ModularPipelineBlocks
+from test_examples import save_lora
 from tiny_pipelines import build
 
 from nearid_personalize import IdentityGuard, IdentityScorer, InputError
@@ -112,9 +113,8 @@ def test_the_scorer_may_be_named(saved, tiny_nearid_dir, photo_dir):
 
 
 def test_whatever_is_done_to_the_pipeline_holds_under_its_guard(saved, scorer, subject, tmp_path):
-    """Another scheduler, an adapter, parts of one's own, a callback: those of the base."""
+    """Another scheduler, a LoRA, parts of one's own, offloading, a callback: those of the base."""
     from diffusers import EulerDiscreteScheduler
-    from peft import LoraConfig
 
     plain, _ = build("sd")
     with torch.no_grad():
@@ -122,7 +122,10 @@ def test_whatever_is_done_to_the_pipeline_holds_under_its_guard(saved, scorer, s
     pipe = load(saved("sd"), scorer, subject=subject, unet=plain.unet, safety_checker=None)
     assert pipe.unet is plain.unet
     pipe.scheduler = plain.scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1)
-    plain.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    save_lora(build("sd")[0], tmp_path / "lora")
+    pipe.load_lora_weights(tmp_path / "lora")
+    assert pipe.get_list_adapters() == {"unet": ["default_0"]}
+    pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     seen = []
 
     def note(pipe, step, timestep, tensors):
