@@ -7,6 +7,7 @@ rounding and whatever the batch size or whoever was stopped beside it, because e
 
 from __future__ import annotations
 
+import inspect
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -213,7 +214,7 @@ class IdentityGuard:
         Other keyword arguments go to the pipeline untouched. Raises InputError for arguments that cannot work.
         """
         num_candidates = 4 * num_images if num_candidates is None else num_candidates
-        check_call(prompt, num_images, num_candidates, seed, budget, pipeline_kwargs)
+        check_call(self.pipe, prompt, num_images, num_candidates, seed, budget, pipeline_kwargs)
         if isinstance(prompt, (list, tuple)):
             return GuardResults(
                 self(one, num_images, num_candidates, seed, budget, until_accepted, **arguments)
@@ -425,6 +426,7 @@ def _arguments_by_prompt(arguments: Mapping[str, Any], num_prompts: int) -> list
 
 
 def check_call(
+    pipe: DiffusionPipeline,
     prompt: str | list[str] | tuple[str, ...] | None,
     num_images: int,
     num_candidates: int,
@@ -444,11 +446,19 @@ def check_call(
     for name, advice in RESERVED_ARGUMENTS.items():
         if name in pipeline_kwargs:
             raise InputError(f"{name} cannot be passed through the guard; {advice}")
-    embeds = pipeline_kwargs.get("prompt_embeds")
-    if (prompt is None) == (embeds is None):
+    if (prompt is None) == (pipeline_kwargs.get("prompt_embeds") is None):
         raise InputError("prompt or prompt_embeds must be given, and not both")
-    if embeds is not None and len(embeds) != 1:
-        raise InputError(f"prompt_embeds must be of one prompt, got {len(embeds)}; call the guard once for each")
+    if isinstance(prompt, (list, tuple)) and not prompt:
+        raise InputError("prompt is an empty list; give at least one")
+    for name, value in pipeline_kwargs.items():
+        if "prompt_embeds" in name and value is not None and len(value) != 1:
+            raise InputError(f"{name} must be of one prompt, got {len(value)}; call the guard once for each")
+    # Those that start from a picture deal several out to the candidates; to the others a list is what to look at
+    for name in ("image", "mask_image") if "strength" in inspect.signature(pipe.__call__).parameters else ():
+        value: Any = pipeline_kwargs.get(name)
+        number = len(value) if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 4 else 1
+        if number != 1:
+            raise InputError(f"{name} must be one picture, got {number}; call the guard once for each")
     if pipeline_kwargs.get("output_type", "pil") not in ("pil", "np", "pt", "latent"):
         raise InputError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {pipeline_kwargs['output_type']!r}")
     if not pipeline_kwargs.get("return_dict", True):

@@ -1,9 +1,9 @@
 """Modular Diffusers blocks: reject hopeless candidates in the denoising loop, re-rank those that reach its end.
 
-    blocks = ModularPipelineBlocks.from_pretrained("pipelines", trust_remote_code=True)  # or family="stable-diffusion-3"
+    blocks = ModularPipelineBlocks.from_pretrained("pipelines", trust_remote_code=True)  # FLUX; family= for others
     pipe = blocks.init_pipeline("black-forest-labs/FLUX.1-dev")
     pipe.load_components(dtype=torch.bfloat16)
-    state = pipe(prompt="sks dog", num_images_per_prompt=8, num_images=2, scorer=scorer, subject=scorer.enroll("photos"))
+    state = pipe(prompt="a photo of sks dog", num_images_per_prompt=8, num_images=2, scorer=scorer, subject=subject)
     state.images, state.verdicts, state.stopped_at
 
 `guarded(blocks)` puts the two steps into blocks of your own. Unlike `IdentityGuard` these run one batch: no budget, no

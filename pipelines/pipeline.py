@@ -1,8 +1,7 @@
 """A diffusers custom pipeline: any text-to-image base that keeps only pictures of one subject.
 
-    pipe = DiffusionPipeline.from_pretrained(
-        base, custom_pipeline="pipelines", trust_remote_code=True, scorer="Aleksandar/nearid-siglip2", references="photos"
-    )
+    eye = {"scorer": "Aleksandar/nearid-siglip2", "references": "photos"}
+    pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline="pipelines", trust_remote_code=True, **eye)
     images = pipe("a photo of sks dog in space", num_images=4, num_inference_steps=30).images
 
 What comes back is the base's own pipeline, say a `StableDiffusionXLPipeline`, whose call goes through `IdentityGuard`:

@@ -24,7 +24,9 @@ PAIRS = ("sdxl_lora", "flux_lora", "sd15_batch")
 @pytest.mark.parametrize("name", PAIRS)
 def test_being_guarded_adds_three_lines_and_changes_none(name):
     """The import is one of the three."""
-    plain, guarded = ((EXAMPLES / f"{n}.py").read_text(encoding="utf-8").splitlines() for n in (name, f"{name}_guarded"))
+    plain, guarded = (
+        (EXAMPLES / f"{n}.py").read_text(encoding="utf-8").splitlines() for n in (name, f"{name}_guarded")
+    )
     difference = list(difflib.ndiff(plain, guarded))
     assert not [line for line in difference if line.startswith("- ")]
     added = [line for line in difference if line.startswith("+ ") and line != "+ "]

@@ -113,11 +113,11 @@ def test_every_output_type(family, output_type, guarded):
     plain = {**arguments, "num_inference_steps": STEPS, "output_type": output_type}
     for image, seed in zip(result.images, seeds, strict=True):
         other = pipe(**plain, generator=torch.Generator().manual_seed(seed)).images[0]
-        assert type(image) is type(other) and abs(image - other).max() <= 1e-4
+        assert type(image) is type(other) and abs(image - other).max() <= 1e-5 * max(1, abs(other).max())
 
 
 def test_lists_of_prompts_with_lists_of_negative_and_second_prompts(guarded):
-    pipe, arguments = build("sdxl")
+    pipe, _ = build("sdxl")
     lists = {"prompt": ["sks dog", "a cat"], "negative_prompt": ["dark", "blurry"], "prompt_2": ["in space", "at sea"]}
     call = {"num_images": 1, "num_candidates": N, "num_inference_steps": STEPS}
     results = guarded(pipe)(**lists, **call)
@@ -146,7 +146,7 @@ def test_slicing_and_tiling(guarded):
 
 
 def test_attention_backends(guarded):
-    """`native` is torch's own attention; xformers' kernels, which need CUDA, are refused by diffusers or at the call."""
+    """`native` is torch's own attention."""
     pipe, arguments = build("flux")
     pipe.transformer.set_attention_backend("native")
     try:
@@ -171,7 +171,11 @@ def test_what_diffusers_refuses_leaves_the_guard_working(family, guarded):
     ("family", "arguments", "message"),
     [
         ("sd", {"prompt": []}, "prompt is an empty list"),
-        ("sd", {"negative_prompt_embeds": torch.zeros(2, 77, 32)}, "negative_prompt_embeds must be of one prompt, got 2"),
+        (
+            "sd",
+            {"negative_prompt_embeds": torch.zeros(2, 77, 32)},
+            "negative_prompt_embeds must be of one prompt, got 2",
+        ),
         ("sd_img2img", {"image": [checkered(0), checkered(1)]}, "image must be one picture, got 2"),
         ("sd_inpaint", {"image": torch.zeros(3, 3, 32, 32)}, "image must be one picture, got 3"),
     ],
