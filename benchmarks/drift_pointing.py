@@ -12,6 +12,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -66,7 +67,9 @@ def visible_case(index: int, options: Options) -> Case | None:
     if edit.part_masks[0].sum() < options.min_pixels:
         return None
     others = [shot.image for shot, _ in photos(edit.pet, options.num_references - 1, wide=True)]
-    views = [torch.from_numpy(view).permute(2, 0, 1) for view in (edit.edited[0].image, edit.originals[1].image, *others)]
+    views = [
+        torch.from_numpy(view).permute(2, 0, 1) for view in (edit.edited[0].image, edit.originals[1].image, *others)
+    ]
     return Case(
         views[0],
         torch.stack(views[1:]),
@@ -74,6 +77,11 @@ def visible_case(index: int, options: Options) -> Case | None:
         torch.from_numpy(edit.originals[0].mask | edit.edited[0].mask),
         edit.attribute,
     )
+
+
+def pixels(image: np.ndarray) -> Tensor:
+    """[H,W,3] -> [3,H,W]."""
+    return torch.from_numpy(image).permute(2, 0, 1)
 
 
 class Maps:
@@ -151,9 +159,8 @@ def peaks(scorer: IdentityScorer, case: Case, shifts: int) -> list[int]:
 def save_sheet(scorer: IdentityScorer, case: Case, shifts: int, path: Path) -> None:
     """The case as a person would see it, and beside it the truth as the same kind of overlay."""
     found = drift_map(scorer, case.picture, case.references, shifts=shifts)
-    picture, reference = (
-        Image.fromarray(view.permute(1, 2, 0).numpy()) for view in (case.picture, case.references[found.reference_index])
-    )
+    pair = (case.picture, case.references[found.reference_index])
+    picture, reference = (Image.fromarray(view.permute(1, 2, 0).numpy()) for view in pair)
     drawn = [drift_sheet(picture, reference, heat) for heat in (found.heat, case.changed.float())]
     both = Image.new("RGB", (drawn[0].width, 2 * drawn[0].height))
     for row, sheet in enumerate(drawn):
@@ -183,9 +190,11 @@ def main(options: Options) -> None:
     subjects = torch.stack([case.subject for case in cases]).double()
     numbers = "  ".join(f"{name} {int(among.sum())}" for name, among in members.items())
     print(f"{options.split} subjects, {options.num_references} references each; edits: {numbers}")
-    for name, columns in {"chance": None, **{m: found[:, [i]] for i, m in enumerate(METHODS)}}.items():
+    for column, name in enumerate(["chance", *METHODS], start=-1):
+        # Chance is a pixel drawn at random: the share of all pixels that would hit.
         hit, close, on = (
-            (m.flatten(1) if columns is None else m.flatten(1).gather(1, columns)).mean(1) for m in (changed, near, subjects)
+            (m.flatten(1) if column < 0 else m.flatten(1).gather(1, found[:, [column]])).mean(1)
+            for m in (changed, near, subjects)
         )
         figure = with_interval(float(hit.mean()), bootstrap_interval(hit))
         print(f"{name:18} n {len(hit)}  {figure}  within {NEAR} px {close.mean():.3f}  on the subject {on.mean():.3f}")
