@@ -60,7 +60,7 @@ def trained_text(family: Family, options: LoraOptions) -> tuple[tuple[str, ...],
 def add_adapters(family: Family, options: LoraOptions, autocast: torch.dtype | None = None) -> PromptedDenoiser:
     """Freeze the pipeline's models and put LoRA layers into them, float32 whatever the frozen weights are."""
     names, rank = trained_text(family, options)
-    denoiser: Any = family.denoiser
+    denoiser = family.denoiser
     for module in (denoiser, *family.text_encoders().values()):
         module.requires_grad_(False)
     layers = options.target_modules or family.attention_layers

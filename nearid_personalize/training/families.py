@@ -20,6 +20,7 @@ from nearid_personalize.errors import InputError
 Table = dict[str, Tensor]
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+CONTEXT_FEED_FORWARD = ("ff_context.net.0.proj", "ff_context.net.2")
 
 
 class Family:
@@ -37,7 +38,7 @@ class Family:
         self.pipe = pipe
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> Any:
         """The pipeline's UNet or transformer."""
         return getattr(self.pipe, self.denoiser_name)
 
@@ -116,7 +117,7 @@ class StableDiffusion(Family):
     """Stable Diffusion 1.5 and 2, and the mini-world's pipeline."""
 
     denoiser_name = "unet"
-    text_names = ("text_encoder",)
+    text_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     attention_layers = (*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out")
     convolution_layers = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
     learning_rate = 1e-3
@@ -194,10 +195,7 @@ class Flux(Family):
     """FLUX.1: patches packed as tokens, with positions; CLIP gives the pooled text, a frozen T5 the tokens."""
 
     text_names = ("text_encoder",)
-    attention_layers = (
-        *(*StableDiffusion3.attention_layers, *FEED_FORWARD),
-        *("ff_context.net.0.proj", "ff_context.net.2"),
-    )
+    attention_layers = (*StableDiffusion3.attention_layers, *FEED_FORWARD, *CONTEXT_FEED_FORWARD)
 
     def encode_prompts(self, prompts: Sequence[str], device: torch.device) -> Table:
         hidden, pooled, _ = self.pipe.encode_prompt(list(prompts), list(prompts), device)
@@ -209,7 +207,7 @@ class Flux(Family):
 
     def denoise(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, rows: Table, frame: Tensor) -> Tensor:
         h, w = noisy.shape[-2] // 2, noisy.shape[-1] // 2
-        places = torch.cartesian_prod(torch.zeros(1), torch.arange(h), torch.arange(w)).to(noisy)  # [h*w,3]
+        places = torch.cartesian_prod(torch.arange(1), torch.arange(h), torch.arange(w)).to(noisy)  # [h*w,3]
         predicted = denoiser(
             pack(noisy),
             timestep=timesteps / 1000,

@@ -134,7 +134,7 @@ def prepare_data(
 ) -> tuple[TrainingSet, Table]:
     """Draw missing class pictures, encode every picture and prompt; leave the pipeline on the CPU.
 
-    The table has token ids too for the text encoders that a LoRA can go into.
+    The table has token ids too when text encoders are trained.
     """
     device = accelerator.device
     if options.prior_pictures:
@@ -145,7 +145,9 @@ def prepare_data(
     with offload_models(family.pipe.vae, device=device):
         data = encode_all(family, options, references, read_class_pictures(options))
     with offload_models(*family.text_encoders().values(), device=device), torch.no_grad():
-        table = family.encode_prompts(data.prompts, device) | family.tokenize(data.prompts)
+        table = family.encode_prompts(data.prompts, device)
+    if trained_text(family, options)[0]:
+        table |= family.tokenize(data.prompts)
     return data, {name: tensor.cpu() for name, tensor in table.items()}
 
 
@@ -168,6 +170,7 @@ class LoraRun:
         self.options, self.accelerator, self.family = options, accelerator, family
         self.noising = noising_of(family.pipe.scheduler.config, options)
         self.data, self.table = prepare_data(family, options, references, accelerator)
+        self.stock_processors = getattr(family.denoiser, "attn_processors", {})
         self.adapted = adapt(family, options, device, autocast)
         self.trained = [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(parameter_groups(self.adapted, options), options)
@@ -233,7 +236,7 @@ class LoraRun:
             stack.enter_context(offload_models(*others, device=self.accelerator.device))
             if unet is not None:
                 stack.callback(unet.set_attn_processor, unet.attn_processors)
-                unet.set_default_attn_processor()
+                unet.set_attn_processor(dict(self.stock_processors))  # it empties what it is given
             self.adapted.drop(False)
             stack.callback(self.adapted.drop, True)
             yield pipe

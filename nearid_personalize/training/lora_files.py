@@ -1,4 +1,4 @@
-"""LoRA files: written so that a stock `pipe.load_lora_weights` gives back what was trained, read so that all arrives."""
+"""LoRA files: written so that a stock `pipe.load_lora_weights` gives back what was trained, read so that all arrive."""
 
 import json
 import os
