@@ -216,7 +216,7 @@ COPY_LIMIT = 0.9
 _KEPT = 0.8  # share of a picture's side that is compared: its centre, against windows of the other picture
 _COMPARED = 24  # pixels a side
 _THUMBNAIL = round(_COMPARED / _KEPT)
-_SIZES = (0.72, 0.76, 0.8, 0.84, 0.88)  # of the windows, as shares of the side: a crop up to a tenth, or its opposite
+_SIZES = (0.66, 0.7, 0.75, 0.8, 0.85, 0.91, 0.96)  # of the windows, as shares of the side: for crops both ways
 _REACH, _STEPS = 0.1, 9  # how far windows are shifted, as a share of the side, and in how many steps
 
 
@@ -230,14 +230,14 @@ def thumbnails(images: Sequence[Image.Image]) -> Tensor:
 def copy_similarity(images: Tensor, originals: Tensor) -> Tensor:
     """Thumbnails [N,3,S,S], [M,3,S,S] -> [N,M] in [-1, 1]: how well a picture is explained as a copy of an original.
 
-    The picture's centre against windows of the original, of any of five sizes, shifted and mirrored: the largest
+    The picture's centre against windows of the original, of any of seven sizes, shifted and mirrored: the largest
     normalised correlation of their colours (each channel less its mean). High only where the whole picture, subject,
     pose and background, is the same up to a small crop or shift, a mirror, brightness, contrast and compression.
     """
     centre = F.affine_grid(torch.tensor([[[_KEPT, 0, 0], [0, _KEPT, 0]]]), [1, 3, _COMPARED, _COMPARED], False)
     grid = F.affine_grid(_window_placements(), [2 * len(_SIZES) * _STEPS**2, 3, _COMPARED, _COMPARED], False)
     queries = torch.cat([_pattern(image, centre) for image in images])  # [N,D]
-    # One original at a time: its windows take 6 MB.
+    # One original at a time: its windows take 8 MB.
     return torch.stack([(queries @ _pattern(original, grid).T).amax(dim=1) for original in originals], dim=1)
 
 

@@ -455,8 +455,8 @@ def check_call(
             raise InputError(f"{name} must be of one prompt, got {len(value)}; call the guard once for each")
     # Those that start from a picture deal several out to the candidates; to the others a list is what to look at
     for name in ("image", "mask_image") if "strength" in inspect.signature(pipe.__call__).parameters else ():
-        given: Any = pipeline_kwargs.get(name)
-        number = len(given) if isinstance(given, (list, tuple)) or getattr(given, "ndim", 0) == 4 else 1
+        picture: Any = pipeline_kwargs.get(name)
+        number = len(picture) if isinstance(picture, (list, tuple)) or getattr(picture, "ndim", 0) == 4 else 1
         if number != 1:
             raise InputError(f"{name} must be one picture, got {number}; call the guard once for each")
     if pipeline_kwargs.get("output_type", "pil") not in ("pil", "np", "pt", "latent"):

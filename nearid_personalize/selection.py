@@ -499,10 +499,12 @@ def _moments(previews: Tensor, finals: Tensor) -> tuple[float, ...]:
     """One group at one fraction: freedom, squares and products in units of its spread; then its levels and spread."""
     previewed = previews[~previews.isnan()]
     both = ~(previews.isnan() | finals.isnan())
-    spread = full_spread(previewed, len(previews))
-    if not spread > 0 or not both.any():
+    spread, n = full_spread(previewed, len(previews)), len(previewed)
+    if not spread > 0 or n < 4 or not both.any():
         return (0.0, 0.0, 0.0, 0.0, math.nan, math.nan, spread)
     x, y = previews[both], finals[both]
-    dx, dy = (x - x.mean()) / spread, (y - y.mean()) / spread
+    # an estimated variance is on average (n - 1) / (n - 3) too large in its inverse, and so would the errors be
+    unit = spread * math.sqrt((n - 1) / (n - 3))
+    dx, dy = (x - x.mean()) / unit, (y - y.mean()) / unit
     sums = (dx @ dx, dx @ dy, dy @ dy)
     return (len(x) - 1.0, *map(float, sums), float(x.mean()), float(y.mean()), spread)
