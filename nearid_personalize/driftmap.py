@@ -94,8 +94,7 @@ def drift_maps(
     embeddings = scorer.model.pool(tokens)
     patches = _patch_tokens(scorer.model, tokens).flatten(0, 1)  # [R*P,D]
     return [
-        _drift_map(scorer, pixels, patches, embeddings, chosen, shifts)
-        for pixels in _pixels(scorer, images, "images")
+        _drift_map(scorer, pixels, patches, embeddings, chosen, shifts) for pixels in _pixels(scorer, images, "images")
     ]
 
 
