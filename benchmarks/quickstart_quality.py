@@ -20,7 +20,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from nearid_personalize.cli import quickstart_lora
-from nearid_personalize.guard import generate_candidates
+from nearid_personalize.denoising import denoise
 from nearid_personalize.images import write_atomically
 from nearid_personalize.metrics import bootstrap_interval
 from nearid_personalize.miniworld import CONTEXTS, Pet, Split, photos, sample_pet, weights_dir
@@ -58,6 +58,23 @@ def shots_of(split: Split, index: int) -> tuple[Pet, list[Image.Image], tuple[st
     return pet, [Image.fromarray(shot.image) for shot, _ in elsewhere[:4]], ("space", elsewhere[4][1])
 
 
+def personalised(
+    split: Split, index: int, lora_steps: int | None
+) -> tuple[Pet, tuple[str, str], StableDiffusionPipeline]:
+    """A subject, its two contexts, and the packaged pipeline with the quickstart's LoRA trained on its references."""
+    pet, references, contexts = shots_of(split, index)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "references"
+        folder.mkdir()
+        for i, reference in enumerate(references):
+            reference.save(folder / f"{i}.png")
+        lora = train_lora(quickstart_lora(folder, Path(scratch) / "lora", pet.category, lora_steps))
+        pipe = StableDiffusionPipeline.from_pretrained(weights_dir("pipeline"), use_safetensors=True)
+        load_lora(pipe, lora)
+    pipe.set_progress_bar_config(disable=True)
+    return pet, contexts, pipe
+
+
 def draw_subject(job: tuple[Options, int]) -> None:
     """Train, draw and judge one subject; writes `<index>.npz` (pictures) and then `<index>.json`."""
     options, index = job
@@ -65,23 +82,13 @@ def draw_subject(job: tuple[Options, int]) -> None:
     if path.exists():
         return
     torch.set_num_threads(1)
-    pet, references, contexts = shots_of(options.split, index)
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "references"
-        folder.mkdir()
-        for i, reference in enumerate(references):
-            reference.save(folder / f"{i}.png")
-        lora = train_lora(quickstart_lora(folder, Path(scratch) / "lora", pet.category, options.lora_steps))
-        pipe = StableDiffusionPipeline.from_pretrained(weights_dir("pipeline"), use_safetensors=True)
-        load_lora(pipe, lora)
+    pet, contexts, pipe = personalised(options.split, index, options.lora_steps)
     trained = time.perf_counter()
-    pipe.set_progress_bar_config(disable=True)
-    arguments = {"num_inference_steps": options.steps, "guidance_scale": 3.0}
     pictures, prompts = [], []
     for context in contexts:
         prompt = f"a photo of sks {pet.category} in {context}"
-        images = generate_candidates(pipe, prompt, range(options.num_candidates), 16, arguments)
+        images = draw(pipe, prompt, options)
         verdicts = [judge(image, pet, context) for image in images]
         pictures.append(np.stack([np.asarray(image) for image in images]))
         prompts.append(
@@ -94,6 +101,14 @@ def draw_subject(job: tuple[Options, int]) -> None:
     seconds = {"lora": trained - started, "all": time.perf_counter() - started}
     np.savez_compressed(options.out / f"{index}.npz", pictures=np.stack(pictures))
     write_atomically(path, json.dumps({"pet": asdict(pet), "prompts": prompts, "seconds": seconds}))
+
+
+def draw(pipe: StableDiffusionPipeline, prompt: str, options: Options) -> list[Image.Image]:
+    """Candidates of a prompt, from generator seeds 0, 1, ...; all run to the end."""
+    arguments = {"prompt": prompt, "num_inference_steps": options.steps, "guidance_scale": 3.0}
+    return denoise(
+        pipe, arguments, [torch.Generator().manual_seed(seed) for seed in range(options.num_candidates)]
+    ).images
 
 
 def score_subject(options: Options, index: int, scorer: IdentityScorer, frozen: IdentityScorer) -> tuple[dict, float]:

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 if TYPE_CHECKING:
     from nearid_personalize.calibration import Calibration as Calibration
+    from nearid_personalize.calibration import CalibrationBank as CalibrationBank
     from nearid_personalize.encoder import NearIDConfig as NearIDConfig
     from nearid_personalize.encoder import NearIDModel as NearIDModel
     from nearid_personalize.errors import InputError as InputError
@@ -19,14 +20,21 @@ if TYPE_CHECKING:
     from nearid_personalize.scorer import IdentityScorer as IdentityScorer
     from nearid_personalize.scorer import Ranking as Ranking
     from nearid_personalize.scorer import Subject as Subject
+    from nearid_personalize.selection import FixedSchedule as FixedSchedule
+    from nearid_personalize.selection import PreviewProfile as PreviewProfile
+    from nearid_personalize.selection import RacingPolicy as RacingPolicy
 
 _HOME_OF = {
     "Calibration": "calibration",
+    "CalibrationBank": "calibration",
+    "FixedSchedule": "selection",
     "IdentityGuard": "guard",
     "IdentityScorer": "scorer",
     "InputError": "errors",
     "NearIDConfig": "encoder",
     "NearIDModel": "encoder",
+    "PreviewProfile": "selection",
+    "RacingPolicy": "selection",
     "Ranking": "scorer",
     "Subject": "scorer",
 }

@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from nearid_personalize.data import Rows
+    from nearid_personalize.floors import Floor
     from nearid_personalize.guard import GuardResult
     from nearid_personalize.scorer import IdentityScorer, Subject
     from nearid_personalize.training.lora import LoraOptions
@@ -58,8 +60,32 @@ Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class Guarding:
+    """How candidates are raced and judged; shared by the commands that draw."""
+
+    race: bool = True
+    """Stop candidates half-way whose previews say that they will not be among the best."""
+    budget: float | None = None
+    """Compute, in candidates run to the end: what stopped ones leave of it begins new seeds. Default: it is saved."""
+    until_accepted: bool = False
+    """Begin no more candidates once num-images are accepted; the budget is then num-candidates by default."""
+    false_accept_rate: float | None = None
+    """Share of near-identical strangers that may be accepted, 0 to 1. Default: that of the encoder's calibration."""
+    reject_copies: bool = False
+    """Reject pictures that repeat a reference photo, and those that repeat a better candidate."""
+    text_image_model: str | None = None
+    """SigLIP or CLIP (Hub id or folder, or "miniworld"): reject pictures that fit the prompt no better than the
+    references do."""
+    max_batch_size: int = 8
+    """Candidates denoised together: memory against speed; halved by itself when memory runs out."""
+
+    def __post_init__(self) -> None:
+        _at_least("max-batch-size", self.max_batch_size, 1)
+
+
 @dataclass(frozen=True)
-class Quickstart:
+class Quickstart(Guarding):
     """The whole job on the embedded toy world: train a LoRA on four pictures of a pet, draw, keep what is that pet."""
 
     out: Path = Path("quickstart")
@@ -87,6 +113,7 @@ class Quickstart:
 
     def __post_init__(self) -> None:
         _at_least("subject-index", self.subject_index, 0)
+        super().__post_init__()
         _check_generation(self.seed, self.num_images, self.num_candidates, self.steps)
         _at_least("lora-steps", self.lora_steps, 1)
 
@@ -103,6 +130,8 @@ class Score:
     """NearID encoder: Hub id, folder, or "miniworld" (for the toy world only)."""
     trunk: str | None = None
     """Trunk of a head that was saved alone, when it is not where it was: Hub id or folder."""
+    false_accept_rate: float | None = None
+    """Share of near-identical strangers that may be accepted, 0 to 1. Default: that of the encoder's calibration."""
     device: Device = "auto"
     """Where the encoder runs."""
     out: Path | None = None
@@ -112,7 +141,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Generate:
+class Generate(Guarding):
     """Draw candidates with a diffusers pipeline, keep those that show the subject."""
 
     base_model: str
@@ -139,8 +168,6 @@ class Generate:
     """Denoising steps."""
     guidance_scale: float | None = None
     """Classifier-free guidance. Default: the pipeline's own."""
-    max_batch_size: int = 8
-    """Candidates denoised together: memory against speed."""
     device: Device = "auto"
     """Where pipeline and encoder run."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -149,8 +176,8 @@ class Generate:
     """Print report.json to stdout, and nothing else."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_generation(self.seed, self.num_images, self.num_candidates, self.steps)
-        _at_least("max-batch-size", self.max_batch_size, 1)
 
 
 @dataclass(frozen=True)
@@ -299,7 +326,8 @@ def run_score(options: Score) -> int:
     with clock.stage("load"):
         scorer = IdentityScorer.from_pretrained(options.model, choose_device(options.device), trunk=options.trunk)
     with clock.stage("score"):
-        subject = scorer.enroll(references)
+        subject = scorer.enroll(references, false_accept_rate=options.false_accept_rate)
+        _say(options.json, subject.describe())
         ranking = rank_candidates(_score_files(scorer, subject, paths), subject.threshold)
     verdicts = [(paths[v.index], v.score, "accepted" if v.accepted else "rejected") for v in ranking]
     report = score_report(
@@ -593,6 +621,24 @@ def _score_files(scorer: "IdentityScorer", subject: "Subject", paths: Sequence[P
     return torch.cat([scorer.score([load_image(path) for path in chunk], subject) for chunk in progress])
 
 
+def chosen_floors(
+    options: Guarding, model: str, scorer: "IdentityScorer", references: Sequence[Image.Image]
+) -> "list[Floor]":
+    """What else a picture must pass: the quality floor of an encoder that has one, and what is asked for."""
+    from nearid_personalize.floors import AdherenceFloor, CopyFloor, find_quality_floor
+
+    floors: list[Floor] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is none is no news on every run
+        if quality := find_quality_floor(model, scorer):
+            floors.append(quality)
+    if options.reject_copies:
+        floors.append(CopyFloor.from_references(references))
+    if options.text_image_model is not None:
+        floors.append(AdherenceFloor.from_pretrained(options.text_image_model, references=references))
+    return floors
+
+
 def _guarded(
     pipe: "DiffusionPipeline",
     scorer: "IdentityScorer",
@@ -600,16 +646,30 @@ def _guarded(
     prompt: str,
     options: Generate | Quickstart,
 ) -> "GuardResult":
+    from nearid_personalize.floors import COPY_LIMIT
     from nearid_personalize.guard import IdentityGuard
+    from nearid_personalize.selection import DEFAULT_POLICY
 
-    batch = {"max_batch_size": options.max_batch_size} if isinstance(options, Generate) else {}
+    subject = scorer.enroll(references, false_accept_rate=options.false_accept_rate)
+    _say(options.json, subject.describe())
+    encoder = options.model if isinstance(options, Generate) else "miniworld"
+    guard = IdentityGuard(
+        pipe,
+        scorer,
+        subject,
+        max_batch_size=options.max_batch_size,
+        policy=DEFAULT_POLICY if options.race else None,
+        floors=chosen_floors(options, encoder, scorer, references),
+        duplicate_limit=COPY_LIMIT if options.reject_copies else None,
+    )
     guidance = {} if options.guidance_scale is None else {"guidance_scale": options.guidance_scale}
-    guard = IdentityGuard(pipe, scorer, scorer.enroll(references), **batch)
     return guard(
         prompt,
         num_images=options.num_images,
         num_candidates=options.num_candidates,
         seed=options.seed,
+        budget=options.budget,
+        until_accepted=options.until_accepted,
         num_inference_steps=options.steps,
         **guidance,
     )

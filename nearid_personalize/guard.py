@@ -1,22 +1,33 @@
-"""Generate candidates with a diffusers pipeline, keep those that show the subject.
+"""Generate candidates with a diffusers pipeline, keep those that show the subject, stop hopeless ones early.
 
 `guard(prompt, ...)` stands where `pipe(prompt, ...)` stood: `result.images` holds the accepted images, best first.
 Candidate `k` under `seed=s` is the image the plain pipeline makes from generator seed `s + k`, up to floating-point
-rounding and whatever the batch size, because every candidate owns its generator.
+rounding and whatever the batch size or whoever was stopped beside it, because every candidate owns its generator.
 """
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, overload
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from nearid_personalize.denoising import Moment, as_pixels, can_race, denoise, find_denoiser, steps_at
 from nearid_personalize.errors import InputError
-from nearid_personalize.selection import Verdict, best_accepted, rank_candidates
+from nearid_personalize.floors import Floor, near_duplicates
+from nearid_personalize.selection import (
+    DEFAULT_POLICY,
+    PreviewProfile,
+    StoppingPolicy,
+    next_wave,
+    verdict_on,
+)
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -26,12 +37,14 @@ if TYPE_CHECKING:
 
 Status = Literal["accepted", "rejected", "stopped", "duplicate"]
 
+STEP_FRACTIONS = (0.3, 0.5, 0.7)
+"""When a policy that does not say is asked."""
+
 # Pipeline arguments that would break "one seed, one candidate", with what to do instead.
 RESERVED_ARGUMENTS = {
     "generator": "pass seed=, each candidate gets its own generator",
     "latents": "pass seed=, each candidate draws its own latents",
     "num_images_per_prompt": "pass num_images= and num_candidates=",
-    "prompt_embeds": "pass the prompt as a string",
 }
 
 
@@ -39,7 +52,9 @@ RESERVED_ARGUMENTS = {
 class Candidate:
     """One generated image and what became of it.
 
-    `score` is a cosine in [-1, 1]; `stopped_at_step` and a missing `image` belong to status "stopped" alone.
+    score: cosine in [-1, 1]: of the image, or of the last preview when it was stopped (NaN: none was made).
+    stopped_at_step: finished denoising steps, for status "stopped" alone, which has no `image`. previews: score of the
+    predicted clean picture by step fraction in (0, 1). last_preview: what a stopped candidate looked like.
     """
 
     seed: int
@@ -48,6 +63,8 @@ class Candidate:
     stopped_at_step: int | None
     image: Image.Image | None
     reason: str
+    previews: Mapping[float, float] = field(default_factory=dict)
+    last_preview: Image.Image | None = None
 
 
 @dataclass(frozen=True)
@@ -64,9 +81,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class GuardResult:
-    """`images`: accepted, best first, at most `num_images`; `candidates`: all of them, in seed order."""
+    """What came of a call: `images` are accepted, best first, at most `num_images`; `candidates` are in seed order."""
 
-    images: list[Image.Image]
+    images: Any
     candidates: tuple[Candidate, ...]
     cost: Cost
     threshold: float
@@ -75,9 +92,8 @@ class GuardResult:
 
     @property
     def ranked(self) -> tuple[Candidate, ...]:
-        """Every candidate, best score first."""
-        ranking = rank_candidates([candidate.score for candidate in self.candidates], self.threshold)
-        return tuple(self.candidates[verdict.index] for verdict in ranking)
+        """Every candidate, best first: accepted, duplicates, rejected (a failed floor last), stopped."""
+        return tuple(sorted(self.candidates, key=lambda c: _rank(c, self.threshold)))
 
     @property
     def accepted(self) -> tuple[Candidate, ...]:
@@ -86,61 +102,22 @@ class GuardResult:
 
     @property
     def rejected(self) -> tuple[Candidate, ...]:
-        """Rejected candidates, best first."""
+        """Rejected candidates, best first; `reason` says why."""
         return tuple(candidate for candidate in self.ranked if candidate.status == "rejected")
 
     @property
     def best(self) -> Candidate:
-        """The highest score, accepted or not."""
+        """The best candidate, accepted or not."""
         return self.ranked[0]
 
 
-class RowCounter:
-    """Counts the rows that a denoiser has been called with."""
+class GuardResults(tuple[GuardResult, ...]):
+    """One result per prompt of a list; `images` puts theirs one after another, as a pipeline does."""
 
-    def __init__(self) -> None:
-        self.rows = 0
-
-    def hook(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook: the noisy sample is the first argument, or goes by its diffusers name."""
-        sample = args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "sample"]
-        self.rows += len(sample)
-
-
-@contextmanager
-def counted_rows(denoiser: torch.nn.Module) -> Iterator[RowCounter]:
-    """Count denoiser rows inside the block; the hook comes off again, also on an exception."""
-    counter = RowCounter()
-    handle = denoiser.register_forward_pre_hook(counter.hook, with_kwargs=True)
-    try:
-        yield counter
-    finally:
-        handle.remove()
-
-
-def find_denoiser(pipe: DiffusionPipeline) -> torch.nn.Module:
-    """Return the pipeline's `unet` or `transformer`; InputError when it has neither."""
-    for name in ("unet", "transformer"):
-        if isinstance(module := getattr(pipe, name, None), torch.nn.Module):
-            return module
-    raise InputError(f"pipe {type(pipe).__name__} has neither a unet nor a transformer; use a text-to-image pipeline")
-
-
-def generate_candidates(
-    pipe: DiffusionPipeline,
-    prompt: str,
-    seeds: Sequence[int],
-    max_batch_size: int,
-    pipeline_kwargs: dict[str, Any],
-) -> list[Image.Image]:
-    """Run one image per seed to the end, in batches of at most `max_batch_size`."""
-    images: list[Image.Image] = []
-    for start in range(0, len(seeds), max_batch_size):
-        # CPU generators: the same seed is the same noise on every device
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + max_batch_size]]
-        output = pipe(prompt, num_images_per_prompt=len(generators), generator=generators, **pipeline_kwargs)
-        images.extend(output.images)
-    return images
+    @property
+    def images(self) -> Any:
+        """The accepted images of all prompts."""
+        return _joined([result.images for result in self])
 
 
 class IdentityGuard:
@@ -150,75 +127,339 @@ class IdentityGuard:
         pipe: diffusers pipeline, LoRA loaded or not; it is left as it was found.
         scorer: compares images with `subject`.
         subject: from `scorer.enroll(photos)`; its threshold decides who is accepted.
-        max_batch_size: candidates denoised together, >= 1: memory against speed, the images stay the same.
+        max_batch_size: candidates denoised together, >= 1: memory against speed, the images stay the same. It is
+            halved by itself when memory runs out, and no candidate is lost.
+        policy: stops candidates by the scores of previews; None runs all of them to the end.
+        floors: what else a candidate must pass, e.g. `QualityFloor`; the first one failed is the reason told.
+        profile: how previews foretell final scores on this base model, from `PreviewProfile.fit`; without one the
+            policy starts from a weak prior and learns from the candidates that finish.
+        preview_vae: decodes previews in place of the pipeline's VAE: an `AutoencoderTiny` of the same latents.
+        duplicate_limit: of accepted images this similar, see `floors.copy_similarity`, only the best stays accepted.
     """
 
     def __init__(
-        self, pipe: DiffusionPipeline, scorer: IdentityScorer, subject: Subject, max_batch_size: int = 8
+        self,
+        pipe: DiffusionPipeline,
+        scorer: IdentityScorer,
+        subject: Subject,
+        max_batch_size: int = 8,
+        policy: StoppingPolicy | None = DEFAULT_POLICY,
+        floors: Sequence[Floor] = (),
+        profile: PreviewProfile | None = None,
+        preview_vae: torch.nn.Module | None = None,
+        duplicate_limit: float | None = None,
     ) -> None:
         if max_batch_size < 1:
             raise InputError(f"max_batch_size must be at least 1, got {max_batch_size}")
+        find_denoiser(pipe)
+        if policy is not None and not can_race(pipe):
+            warnings.warn(
+                f"{type(pipe).__name__} with {type(pipe.scheduler).__name__} is not among the pipelines whose "
+                "candidates can be stopped half-way; all of them run to the end and are scored there",
+                stacklevel=2,
+            )
+            policy = None
         self.pipe = pipe
         self.scorer = scorer
         self.subject = subject
         self.max_batch_size = max_batch_size
-        self.denoiser = find_denoiser(pipe)
+        self.policy = policy
+        self.floors = tuple(floors)
+        self.profile = profile
+        self.preview_vae = preview_vae
+        self.duplicate_limit = duplicate_limit
+
+    @overload
+    def __call__(
+        self,
+        prompt: str | None = ...,
+        num_images: int = ...,
+        num_candidates: int | None = ...,
+        seed: int = ...,
+        budget: float | None = ...,
+        until_accepted: bool = ...,
+        **pipeline_kwargs: Any,
+    ) -> GuardResult: ...
+
+    @overload
+    def __call__(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        num_images: int = ...,
+        num_candidates: int | None = ...,
+        seed: int = ...,
+        budget: float | None = ...,
+        until_accepted: bool = ...,
+        **pipeline_kwargs: Any,
+    ) -> GuardResults: ...
 
     def __call__(
         self,
-        prompt: str,
+        prompt: str | list[str] | tuple[str, ...] | None = None,
         num_images: int = 4,
         num_candidates: int | None = None,
         seed: int = 0,
+        budget: float | None = None,
+        until_accepted: bool = False,
         **pipeline_kwargs: Any,
-    ) -> GuardResult:
-        """Draw `num_candidates` (default `4 * num_images`), return the accepted ones, at most `num_images`.
+    ) -> GuardResult | GuardResults:
+        """Draw candidates, return the accepted ones, at most `num_images`; a list of prompts gives a result for each.
+
+        Args:
+            num_candidates: how many seeds are begun, default `4 * num_images`.
+            budget: compute that may be spent, in candidates run to the end. With it, what stopped candidates leave of
+                it begins new seeds; without it, that compute is saved.
+            until_accepted: begin no more once `num_images` are accepted; `budget` is then `num_candidates` by default.
 
         Other keyword arguments go to the pipeline untouched. Raises InputError for arguments that cannot work.
         """
         num_candidates = 4 * num_images if num_candidates is None else num_candidates
-        check_call(prompt, num_images, num_candidates, seed, pipeline_kwargs)
-        seeds = range(seed, seed + num_candidates)
+        check_call(self.pipe, prompt, num_images, num_candidates, seed, budget, pipeline_kwargs)
+        if isinstance(prompt, (list, tuple)):
+            return GuardResults(
+                self(one, num_images, num_candidates, seed, budget, until_accepted, **arguments)
+                for one, arguments in zip(prompt, _arguments_by_prompt(pipeline_kwargs, len(prompt)), strict=True)
+            )
+        if until_accepted and budget is None:
+            budget = float(num_candidates)
+        arguments = {"prompt": prompt, **pipeline_kwargs}
+        race = _Race(self, num_images, until_accepted, arguments)
+        while begun := race.next_batch(num_candidates, budget):
+            first = seed + len(race.candidates)
+            race.run(range(first, first + begun))
+        return race.result(seed)
 
+
+@dataclass
+class _Race:
+    """The candidates of one prompt, and what has become of them so far."""
+
+    guard: IdentityGuard
+    num_images: int
+    until_accepted: bool
+    arguments: dict[str, Any]
+    candidates: dict[int, Candidate] = field(default_factory=dict)
+    outputs: dict[int, Any] = field(default_factory=dict)
+    """By seed: the image in the pipeline's own output type."""
+    denoiser_rows: int = 0
+    spent: float = 0.0
+    """In candidates run to the end."""
+    seconds: dict[str, float] = field(default_factory=lambda: {"generate": 0.0, "preview": 0.0, "score": 0.0})
+
+    def next_batch(self, num_candidates: int, budget: float | None) -> int:
+        """How many candidates to begin now; 0: the race is over."""
+        if self.until_accepted and sum(c.status == "accepted" for c in self.judged()) >= self.num_images:
+            return 0
+        return next_wave(num_candidates, len(self.candidates), self.spent, budget, self.guard.max_batch_size)
+
+    def run(self, seeds: Sequence[int]) -> None:
+        """Denoise a batch of candidates, in smaller ones when memory runs out."""
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        try:
+            return self._run(seeds)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            if len(seeds) == 1 or not should_reduce_batch_size(error):
+                raise
+        # Outside the handler: the exception's traceback keeps the failed batch in memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        half = self.guard.max_batch_size = (len(seeds) + 1) // 2
+        self.run(seeds[:half])
+        self.run(seeds[half:])
+
+    def _run(self, seeds: Sequence[int]) -> None:
+        guard, policy = self.guard, self._policy()
+        asked_at = getattr(policy, "step_fractions", STEP_FRACTIONS)
+        previews: dict[int, dict[float, float]] = {seed: {} for seed in seeds}
+        looks: dict[int, Image.Image] = {}
+        num_steps, previewing = 1, 0.0
+
+        def on_step(moment: Moment) -> list[int] | None:
+            nonlocal num_steps, previewing
+            num_steps = moment.num_steps
+            due = [fraction for fraction in asked_at if moment.step in steps_at([fraction], num_steps)]
+            if policy is None or not due or moment.step == num_steps:
+                return None
+            started = time.perf_counter()
+            scores, pixels = torch.full((len(seeds),), torch.nan), moment.preview()
+            scores[list(moment.rows)] = guard.scorer.score(pixels, guard.subject)
+            goes_on = policy.decide(due[-1], scores, self.num_images)  # type: ignore[arg-type]
+            for place, row in enumerate(moment.rows):
+                previews[seeds[row]][due[-1]] = float(scores[row])
+                if not goes_on[row]:
+                    looks[row] = to_pictures(pixels[place : place + 1])[0]
+            previewing += time.perf_counter() - started
+            return [row for row in moment.rows if goes_on[row]]
+
+        # CPU generators: the same seed is the same noise on every device
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         started = time.perf_counter()
-        with counted_rows(self.denoiser) as counter:
-            images = generate_candidates(self.pipe, prompt, seeds, self.max_batch_size, pipeline_kwargs)
+        batch = denoise(guard.pipe, self.arguments, generators, on_step, asked_at, guard.preview_vae)
         generated = time.perf_counter()
-        scores = self.scorer.score(images, self.subject)
-        seconds = {"generate": generated - started, "score": time.perf_counter() - generated}
+        images = self._pictures(batch.images)
+        scores = guard.scorer.score(images, guard.subject).tolist() if images else []
+        failures = first_failures(guard.floors, images, self.arguments["prompt"] or "")
+        self.seconds["generate"] += generated - started - previewing
+        self.seconds["preview"] += previewing
+        self.seconds["score"] += time.perf_counter() - generated
 
-        ranking = rank_candidates(scores, self.subject.threshold)
-        by_seed = sorted(ranking, key=lambda verdict: verdict.index)
-        return GuardResult(
-            images=[images[verdict.index] for verdict in best_accepted(ranking, num_images)],
-            candidates=tuple(to_candidate(verdict, seeds[verdict.index], images[verdict.index]) for verdict in by_seed),
-            cost=Cost(counter.rows, counter.rows, seconds),
-            threshold=self.subject.threshold,
-            prompt=prompt,
+        for row, step in batch.stopped_at.items():
+            seen = previews[seeds[row]]
+            last = [*seen.values()][-1]
+            reason = f"stopped after step {step} of {num_steps}: preview {last:.3f}"
+            self.candidates[seeds[row]] = Candidate(
+                seeds[row], last, "stopped", step, None, reason, seen, last_preview=looks[row]
+            )
+        for place, row in enumerate(batch.rows):
+            seed = seeds[row]
+            reason = verdict_on(place, scores[place], guard.subject.threshold).reason or failures[place]
+            status: Status = "rejected" if reason else "accepted"
+            self.candidates[seed] = Candidate(seed, scores[place], status, None, images[place], reason, previews[seed])
+            self.outputs[seed] = batch.images[place]
+        self.denoiser_rows += batch.denoiser_rows
+        self.spent += len(batch.rows) + sum(batch.stopped_at.values()) / num_steps
+
+    def _policy(self) -> StoppingPolicy | None:
+        """The policy; one that learns is told what is known by now."""
+        guard, policy = self.guard, self.guard.policy
+        if policy is None or not hasattr(policy, "informed"):
+            return policy
+        finished = [c for c in self.candidates.values() if c.status != "stopped"]
+        run = preview_profile(tuple(self.candidates.values())) if finished else None
+        profile = guard.profile.joined(run) if guard.profile and run else run or guard.profile
+        # Those that failed a floor compete with nobody
+        rivals = [c.score for c in finished if c.status == "accepted" or c.score < guard.subject.threshold]
+        return policy.informed(profile, rivals, guard.subject.threshold if self.until_accepted else None)
+
+    def _pictures(self, images: Any) -> list[Image.Image]:
+        """What the pipeline returned, as 8-bit pictures to score and to show."""
+        output_type = self.arguments.get("output_type", "pil")
+        if output_type == "pil" or len(images) == 0:
+            return list(images)
+        size = self.arguments.get("height"), self.arguments.get("width")
+        return to_pictures(as_pixels(images, output_type, self.guard.pipe, *size))
+
+    def judged(self) -> tuple[Candidate, ...]:
+        """All candidates in seed order; of accepted ones that look the same, only the best is accepted."""
+        limit = self.guard.duplicate_limit
+        candidates = dict(sorted(self.candidates.items()))
+        accepted = sorted((c for c in candidates.values() if c.status == "accepted"), key=lambda c: -c.score)
+        if limit is None or len(accepted) < 2:
+            return tuple(candidates.values())
+        images = [candidate.image for candidate in accepted if candidate.image is not None]
+        same = near_duplicates(images, range(len(images)), limit)
+        duplicates = {
+            accepted[i].seed: replace(accepted[i], status="duplicate", reason=f"looks like seed {accepted[j].seed}")
+            for i, j in enumerate(same)
+            if j is not None
+        }
+        return tuple((candidates | duplicates).values())
+
+    def result(self, seed: int) -> GuardResult:
+        """What the guard returns."""
+        candidates = self.judged()
+        per_candidate = self.denoiser_rows / self.spent
+        result = GuardResult(
+            images=[],
+            candidates=candidates,
+            cost=Cost(self.denoiser_rows, round(per_candidate * len(candidates)), self.seconds),
+            threshold=self.guard.subject.threshold,
+            prompt=self.arguments["prompt"] or "",
             seed=seed,
         )
+        chosen = [self.outputs[candidate.seed] for candidate in result.accepted[: self.num_images]]
+        return replace(result, images=_joined(chosen))
 
 
-def to_candidate(verdict: Verdict, seed: int, image: Image.Image) -> Candidate:
-    """Join a verdict with the candidate it is about."""
-    status: Status = "accepted" if verdict.accepted else "rejected"
-    return Candidate(seed, verdict.score, status, None, image, verdict.reason)
+_ORDER: dict[Status, int] = {"accepted": 0, "duplicate": 1, "rejected": 2, "stopped": 3}
 
 
-def check_call(prompt: str, num_images: int, num_candidates: int, seed: int, pipeline_kwargs: dict[str, Any]) -> None:
+def _rank(candidate: Candidate, threshold: float) -> tuple[int, bool, float]:
+    """Sorting key, best first: by status, then, of rejected ones, those that failed a floor last, then by score."""
+    failed_floor = candidate.status == "rejected" and candidate.score >= threshold
+    return _ORDER[candidate.status], failed_floor, -candidate.score
+
+
+def preview_profile(candidates: Sequence[Candidate]) -> PreviewProfile | None:
+    """How the previews of one prompt's candidates foretold their final scores; None: no previews were made."""
+    fractions = sorted({fraction for candidate in candidates for fraction in candidate.previews})
+    if not fractions:
+        return None
+    previews = [[candidate.previews.get(fraction, float("nan")) for fraction in fractions] for candidate in candidates]
+    finals = [float("nan") if candidate.status == "stopped" else candidate.score for candidate in candidates]
+    return PreviewProfile.fit(torch.tensor(previews), torch.tensor(finals), fractions)
+
+
+def first_failures(floors: Sequence[Floor], images: Sequence[Image.Image], prompt: str) -> list[str]:
+    """For each image the reason of the first floor that refuses it, "" where all let it pass."""
+    reasons = [""] * len(images)
+    for floor in floors:
+        reasons = [reason or own for reason, own in zip(reasons, floor.judge(images, prompt), strict=True)]
+    return reasons
+
+
+def to_pictures(pixels: Tensor) -> list[Image.Image]:
+    """Pixels `[n,3,H,W]` in [0, 1] -> 8-bit pictures, rounded as diffusers does."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels))
+
+
+def _joined(images: Sequence[Any]) -> Any:
+    """Images of one output type as a pipeline returns them: arrays and tensors stacked, pictures in a list."""
+    if images and isinstance(images[0], np.ndarray):
+        return np.stack(images)
+    if images and isinstance(images[0], Tensor):
+        return torch.stack(list(images))
+    return list(images)
+
+
+def _arguments_by_prompt(arguments: Mapping[str, Any], num_prompts: int) -> list[dict[str, Any]]:
+    """Pipeline arguments of each prompt: lists of as many strings as there are prompts are dealt out."""
+
+    def dealt(value: Any, index: int) -> Any:
+        per_prompt = isinstance(value, (list, tuple)) and len(value) == num_prompts and isinstance(value[0], str)
+        return value[index] if per_prompt else value
+
+    return [{name: dealt(value, index) for name, value in arguments.items()} for index in range(num_prompts)]
+
+
+def check_call(
+    pipe: DiffusionPipeline,
+    prompt: str | list[str] | tuple[str, ...] | None,
+    num_images: int,
+    num_candidates: int,
+    seed: int,
+    budget: float | None,
+    pipeline_kwargs: Mapping[str, Any],
+) -> None:
     """Raise InputError, naming the argument, for a call that cannot keep the guard's promises."""
-    if not isinstance(prompt, str):
-        raise InputError(f"prompt must be one string, got {type(prompt).__name__}; call the guard once per prompt")
     if num_images < 1:
         raise InputError(f"num_images must be at least 1, got {num_images}")
     if num_candidates < num_images:
         raise InputError(f"num_candidates must be at least num_images ({num_images}), got {num_candidates}")
     if seed < 0:
         raise InputError(f"seed must be 0 or more, got {seed}")
+    if budget is not None and budget < 1:
+        raise InputError(f"budget must be at least 1, in candidates run to the end, got {budget}")
     for name, advice in RESERVED_ARGUMENTS.items():
         if name in pipeline_kwargs:
             raise InputError(f"{name} cannot be passed through the guard; {advice}")
-    if pipeline_kwargs.get("output_type", "pil") != "pil":
-        raise InputError(f"output_type must be 'pil', got {pipeline_kwargs['output_type']!r}")
+    if (prompt is None) == (pipeline_kwargs.get("prompt_embeds") is None):
+        raise InputError("prompt or prompt_embeds must be given, and not both")
+    if isinstance(prompt, (list, tuple)) and not prompt:
+        raise InputError("prompt is an empty list; give at least one")
+    for name, value in pipeline_kwargs.items():
+        if "prompt_embeds" in name and value is not None and len(value) != 1:
+            raise InputError(f"{name} must be of one prompt, got {len(value)}; call the guard once for each")
+    # Those that start from a picture deal several out to the candidates; to the others a list is what to look at
+    for name in ("image", "mask_image") if "strength" in inspect.signature(pipe.__call__).parameters else ():
+        picture: Any = pipeline_kwargs.get(name)
+        number = len(picture) if isinstance(picture, (list, tuple)) or getattr(picture, "ndim", 0) == 4 else 1
+        if number != 1:
+            raise InputError(f"{name} must be one picture, got {number}; call the guard once for each")
+    if pipeline_kwargs.get("output_type", "pil") not in ("pil", "np", "pt", "latent"):
+        raise InputError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {pipeline_kwargs['output_type']!r}")
     if not pipeline_kwargs.get("return_dict", True):
         raise InputError("return_dict must be True; the guard returns a GuardResult")

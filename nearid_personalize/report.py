@@ -9,12 +9,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from nearid_personalize.images import write_atomically
 
 if TYPE_CHECKING:
-    from nearid_personalize.guard import GuardResult
+    from nearid_personalize.guard import Candidate, GuardResult
 
 Color: TypeAlias = tuple[int, int, int]
 
@@ -34,6 +36,7 @@ _STATUS_COLOR: dict[str, Color] = {
     "stopped": (112, 116, 122),
     "duplicate": (190, 122, 0),
 }
+_WARM, _HOT = np.array((255.0, 205.0, 60.0)), np.array((200.0, 20.0, 30.0))
 _PACKAGES = ("nearid-personalize", "torch", "transformers", "diffusers", "peft", "accelerate", "numpy", "pillow")
 
 
@@ -41,8 +44,8 @@ _PACKAGES = ("nearid-personalize", "torch", "transformers", "diffusers", "peft",
 class Tile:
     """One scored picture of a contact sheet.
 
-    `name` is what to call it ("seed 7", a file name), `score` a cosine in [-1, 1] or NaN, `image` None for a candidate
-    that was stopped before there was a picture.
+    `name` is what to call it ("seed 7", a file name), `score` a cosine in [-1, 1] or NaN, `image` None where there is
+    no picture; a stopped candidate's is its last preview.
     """
 
     image: Image.Image | None
@@ -56,7 +59,12 @@ class Tile:
 
 def candidate_tiles(result: "GuardResult") -> list[Tile]:
     """Every candidate of a guarded generation, best first."""
-    return [Tile(c.image, f"seed {c.seed}", c.score, c.status) for c in result.ranked]
+    return [Tile(c.image or c.last_preview, _name(c), c.score, c.status) for c in result.ranked]
+
+
+def _name(candidate: "Candidate") -> str:
+    stopped = f", step {candidate.stopped_at_step}" if candidate.stopped_at_step else ""
+    return f"seed {candidate.seed}{stopped}"
 
 
 def contact_sheet(
@@ -177,6 +185,36 @@ def _text(
     draw.text(corner, text, fill=color, font=font)
 
 
+# --- where it drifted ------------------------------------------------------------------------------------------------
+
+
+def drift_sheet(image: Image.Image, reference: Image.Image, heat: npt.ArrayLike, side: int = 2 * TILE) -> Image.Image:
+    """A picture, the reference nearest to it, and the picture again under its heat, beside each other.
+
+    heat: [H,W] in [0, 1], see `heat_overlay`. side: of each of the three, pixels.
+    """
+    panels = {"this picture": image, "nearest reference": reference, "where it drifted": heat_overlay(image, heat)}
+    sheet = Image.new("RGB", (_GAP + len(panels) * (side + _GAP), side + 2 * _GAP + 24), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for position, (title, panel) in enumerate(panels.items()):
+        left = _GAP + position * (side + _GAP)
+        sheet.paste(fitted(panel, side), (left, _GAP))
+        _text(draw, (left, _GAP + side + 4), title, 16, _FAINT, side)
+    return sheet
+
+
+def heat_overlay(image: Image.Image, heat: npt.ArrayLike) -> Image.Image:
+    """A picture, paled and without its colours, with heat painted over it: yellow where warm, red where hottest.
+
+    heat: [H,W] in [0, 1] over the whole picture, of any size; cold places stay clear.
+    """
+    values = np.asarray(heat, np.float32)
+    warmth = np.asarray(Image.fromarray(values).resize(image.size, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
+    base = np.asarray(image.convert("L"), np.float32)[..., None] * 0.6 + 255 * 0.3
+    color = _WARM + (_HOT - _WARM) * warmth
+    return Image.fromarray(np.rint(base + (color - base) * 0.85 * warmth).astype(np.uint8))
+
+
 # --- report.json -----------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +240,7 @@ def generation_report(
                 "seed": candidate.seed,
                 "score": finite_or_none(candidate.score),
                 "status": candidate.status,
+                "reason": candidate.reason,
                 "stopped_at_step": candidate.stopped_at_step,
                 "image": image_names.get(candidate.seed),
             }

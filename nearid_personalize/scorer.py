@@ -9,11 +9,12 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from nearid_personalize.calibration import Calibration
+from nearid_personalize.calibration import (
+    DEFAULT_FALSE_ACCEPT_RATE,
+    Aggregation,
+    Calibration,
+    CalibrationBank,
+    KnownScores,
+    ThresholdOrigin,
+    aggregate,
+    leave_one_out_scores,
+)
 from nearid_personalize.encoder import NearIDModel, load_encoder
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import (
@@ -36,7 +46,6 @@ from nearid_personalize.images import (
 from nearid_personalize.preprocessing import Preprocessing
 from nearid_personalize.selection import Verdict, rank_candidates
 
-Aggregation = Literal["mean", "max", "centroid"]
 Images = ImageSource | Iterable[ImageSource]
 """A folder, a picture, an iterable of pictures, or a tensor [N,3,H,W]: uint8, or float in [0, 1]."""
 OnError = Callable[[int, InputError], None]
@@ -44,6 +53,9 @@ OnError = Callable[[int, InputError], None]
 
 DECODING_THREADS = min(16, os.cpu_count() or 1)
 """Threads that decode and shrink pictures while the model runs."""
+
+BANK_FILE, MEASURED_FILE = "calibration.safetensors", "calibration.json"
+"""What may lie beside an encoder's weights: a `CalibrationBank`, or a `Calibration` from before there were banks."""
 
 UNCALIBRATED_MARGIN = 0.1
 """How far below the references' own likeness a picture may score when nothing was calibrated. A guess, not measured."""
@@ -56,12 +68,15 @@ class Subject:
     """One enrolled subject.
 
     embeddings: float32 [R,D], unit rows, one per reference. threshold: the smallest accepted score. aggregation: how
-    cosines with several references become one score, see `identity_scores`.
+    cosines with several references become one score, see `identity_scores`. origin: how the threshold came about, and
+    the error rates to expect. known: the scores that `at` sets thresholds from, first those that must state the rate.
     """
 
     embeddings: Tensor
     threshold: float
     aggregation: Aggregation = "mean"
+    origin: ThresholdOrigin = field(default_factory=ThresholdOrigin)
+    known: tuple[KnownScores, ...] = ()
 
     def __post_init__(self) -> None:
         if self.embeddings.ndim != 2 or len(self.embeddings) == 0:
@@ -69,10 +84,51 @@ class Subject:
         if self.aggregation not in get_args(Aggregation):
             raise ValueError(f"aggregation {self.aggregation!r}; one of {', '.join(get_args(Aggregation))} works")
 
+    def at(self, false_accept_rate: float) -> "Subject":
+        """The same subject with the threshold for another false-accept rate in (0, 1); nothing is embedded again.
+
+        Raises InputError when what was known at enrolment cannot state so small a rate, or nothing was.
+        """
+        if not self.known:
+            raise InputError(
+                f"false_accept_rate {false_accept_rate}: nothing is known to set it by; enroll the photos with "
+                f"negatives (pictures of similar subjects), or with an encoder that carries a {BANK_FILE}"
+            )
+        first, *others = self.known
+        return self._at_highest(
+            first.threshold_at(false_accept_rate), *(o.threshold_near(false_accept_rate) for o in others)
+        )
+
+    def _at_highest(self, *found: tuple[float, ThresholdOrigin]) -> "Subject":
+        threshold, origin = max(found, key=lambda pair: pair[0])
+        return replace(self, threshold=threshold, origin=origin)
+
+    @property
+    def reference_scores(self) -> Tensor:
+        """[R]: each reference's score against the others (NaN for a lone one), to be held against the threshold."""
+        return leave_one_out_scores(self.embeddings, self.aggregation)
+
+    def describe(self) -> str:
+        """One line: the threshold, the error rates to expect, and which references would not reach it themselves."""
+        below = int((self.reference_scores < self.threshold).sum())
+        doubt = f"; {below} of {len(self.embeddings)} references score less against the others" if below else ""
+        return f"threshold {self.threshold:.3f}: {self.origin}{doubt}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that differ when the references, their order or the aggregation do."""
+        content = self.embeddings.contiguous().cpu().numpy().tobytes()
+        return sha256(content + self.aggregation.encode()).hexdigest()[:16]
+
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all."""
         metadata = {"threshold": repr(float(self.threshold)), "aggregation": self.aggregation}
-        write_atomically(path, save({"embeddings": self.embeddings.contiguous().cpu()}, metadata))
+        metadata["origin"] = json.dumps(asdict(self.origin))
+        tensors = {"embeddings": self.embeddings}
+        metadata["known"] = json.dumps([{"source": k.source, "guaranteed": k.guaranteed} for k in self.known])
+        for i, known in enumerate(self.known):
+            tensors |= {f"impostor.{i}": known.impostor, f"genuine.{i}": known.genuine}
+        write_atomically(path, save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> "Subject":
@@ -80,10 +136,16 @@ class Subject:
         if not Path(path).is_file():
             raise InputError(f"{path}: no such file; give a subject saved with Subject.save")
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata: dict[str, Any] = file.metadata() or {}
-                return cls(file.get_tensor("embeddings"), float(metadata["threshold"]), metadata["aggregation"])
-        except (SafetensorError, KeyError, ValueError):
+            tensors, metadata = _read_safetensors(path)
+            # Files from before thresholds had origins carry none.
+            known = tuple(
+                KnownScores(impostor=tensors[f"impostor.{i}"], genuine=tensors[f"genuine.{i}"], **facts)
+                for i, facts in enumerate(json.loads(metadata.get("known", "[]")))
+            )
+            origin = ThresholdOrigin(**json.loads(metadata.get("origin", "{}")))
+            threshold, aggregation = float(metadata["threshold"]), metadata["aggregation"]
+            return cls(tensors["embeddings"], threshold, aggregation, origin, known)  # type: ignore[arg-type]
+        except (SafetensorError, KeyError, TypeError, ValueError):
             raise InputError(f"{path}: not a saved subject; give a file written by Subject.save") from None
 
 
@@ -111,15 +173,8 @@ class Ranking:
 
 
 def identity_scores(embeddings: Tensor, references: Tensor, aggregation: Aggregation = "mean") -> Tensor:
-    """Unit rows [N,D], [R,D] -> score [N] in [-1, 1].
-
-    mean: the mean cosine over references; max: the cosine with the nearest; centroid: the cosine with their mean.
-    """
-    if aggregation == "centroid":
-        return (embeddings @ F.normalize(references.mean(dim=0), dim=0)).clamp(-1, 1)
-    cosines = embeddings @ references.T  # [N,R]
-    scores = cosines.amax(dim=1) if aggregation == "max" else cosines.mean(dim=1)
-    return scores.clamp(-1, 1)  # rounding can carry a cosine of equal vectors past 1
+    """Unit rows [N,D], [R,D] -> score [N] in [-1, 1]; `aggregate` says what the aggregations are."""
+    return aggregate(embeddings @ references.T, references @ references.T, aggregation)
 
 
 def uncalibrated_threshold(references: Tensor, aggregation: Aggregation = "mean") -> float:
@@ -130,11 +185,7 @@ def uncalibrated_threshold(references: Tensor, aggregation: Aggregation = "mean"
     """
     if len(references) == 1:
         return SINGLE_REFERENCE_THRESHOLD
-    own = []
-    for i in range(len(references)):
-        others = torch.cat([references[:i], references[i + 1 :]])
-        own.append(identity_scores(references[i : i + 1], others, aggregation))
-    return float(torch.cat(own).mean()) - UNCALIBRATED_MARGIN
+    return float(leave_one_out_scores(references, aggregation).mean()) - UNCALIBRATED_MARGIN
 
 
 class IdentityScorer:
@@ -144,7 +195,8 @@ class IdentityScorer:
         model: any `NearIDModel`; moved to `device`, its trunk cast to `dtype` (the head stays float32).
         image_size, image_mean, image_std: how its pictures are prepared: side in pixels, and per-channel values for
             pixels in [0, 1].
-        calibration: the accept threshold of enrolled subjects; without one `uncalibrated_threshold` is used.
+        calibration: what the accept threshold of enrolled subjects is set from; without one, and without negatives,
+            `uncalibrated_threshold` is used.
         batch_size: pictures embedded at once.
         resample: the filter that resizes pictures.
         compile_backend: a `torch.compile` backend, "inductor" as a rule; None: the model runs uncompiled.
@@ -156,7 +208,7 @@ class IdentityScorer:
         image_size: int,
         image_mean: Sequence[float],
         image_std: Sequence[float],
-        calibration: Calibration | None = None,
+        calibration: CalibrationBank | Calibration | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 64,
@@ -184,7 +236,8 @@ class IdentityScorer:
 
         A bare trunk works too and gives the frozen backbone's likeness, not identity: a SigLIP one through its own
         pooling, a CLIP or DINO one through its mean token. `trunk` says where the trunk of a head saved alone is, when
-        it is not where it was. A `calibration.json` beside the weights sets the accept threshold.
+        it is not where it was. A `calibration.safetensors` beside the weights sets the accept threshold, see `enroll`;
+        so does a `calibration.json`, as there was before banks.
 
         Raises InputError when the checkpoint cannot be found or read.
         """
@@ -198,7 +251,7 @@ class IdentityScorer:
             preprocessing.size,
             preprocessing.mean,
             preprocessing.std,
-            _read_calibration(folder / "calibration.json"),
+            read_calibration(folder),
             device,
             dtype,
             resample=preprocessing.resample,
@@ -287,16 +340,43 @@ class IdentityScorer:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def enroll(self, photos: Images, aggregation: Aggregation | None = None) -> Subject:
-        """Reference photos -> Subject. `aggregation` is the calibration's unless given, and "mean" without one.
+    def enroll(
+        self,
+        photos: Images,
+        aggregation: Aggregation | None = None,
+        negatives: Images | None = None,
+        false_accept_rate: float | None = None,
+    ) -> Subject:
+        """Reference photos -> Subject, with an accept threshold; `subject.origin` says what it is worth.
 
-        The calibration's threshold holds for its own aggregation only; under another the uncalibrated one is used.
+        Args:
+            aggregation: the calibration's unless given, and "mean" without one.
+            negatives: pictures that are not the subject, best as near to it as those to be refused: of similar
+                subjects, or of its class, as made for prior preservation. At most a share `false_accept_rate` of
+                pictures like them is accepted; of nearer ones it may be far more. They come on top of the calibration
+                bank: the higher of the two thresholds is taken, so that easy ones do no harm. (Set `calibration` to
+                None to go by them alone.) Without either, `uncalibrated_threshold` is used.
+            false_accept_rate: share in (0, 1) of pictures that are not the subject. Default: the bank's, or .01; of
+                negatives too few to state it the smallest that they can, 1 / (n + 1).
+
+        Raises InputError when the rate asked for takes more negatives, or the bank more subjects, than there are.
         """
         references = self.embed(photos)
         chosen = aggregation or (self.calibration.aggregation if self.calibration else "mean")
-        if self.calibration and self.calibration.aggregation == chosen:
-            return Subject(references, self.calibration.threshold, chosen)  # type: ignore[arg-type]
-        return Subject(references, uncalibrated_threshold(references, chosen), chosen)  # type: ignore[arg-type]
+        measured = self.calibration if isinstance(self.calibration, Calibration) else None
+        if measured and measured.aggregation == chosen and negatives is None and false_accept_rate is None:
+            return Subject(references, measured.threshold, chosen, measured.origin)
+        bank = self.calibration if isinstance(self.calibration, CalibrationBank) else None
+        known = [bank.known_scores(len(references), chosen)] if bank else []
+        if negatives is not None:
+            impostor = identity_scores(self.embed(negatives), references, chosen)[:, None]
+            own = leave_one_out_scores(references, chosen)
+            known.insert(0, KnownScores("negatives", impostor, known[0].genuine if known else own[~own.isnan()]))
+        subject = Subject(references, uncalibrated_threshold(references, chosen), chosen, known=tuple(known))
+        if false_accept_rate is not None:
+            return subject.at(false_accept_rate)
+        usual = bank.false_accept_rate if bank else DEFAULT_FALSE_ACCEPT_RATE
+        return subject._at_highest(*(scores.threshold_near(usual) for scores in known)) if known else subject
 
     def score(self, images: Images, subject: Subject, on_error: OnError | None = None) -> Tensor:
         """Pictures -> float32 [N] in [-1, 1]; with `on_error`, NaN for those that cannot be read, see `embed`.
@@ -316,14 +396,33 @@ class IdentityScorer:
         return Ranking(rank_candidates(self.score(images, subject, on_error), subject.threshold))
 
 
-def _read_calibration(path: Path) -> Calibration | None:
+def save_calibration(bank: CalibrationBank, folder: str | Path) -> None:
+    """Write a bank beside an encoder's weights, where `IdentityScorer.from_pretrained` finds it."""
+    metadata = {"false_accept_rate": repr(bank.false_accept_rate), "aggregation": bank.aggregation}
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in bank.tensors().items()}
+    write_atomically(Path(folder) / BANK_FILE, save(tensors, metadata))
+
+
+def read_calibration(folder: str | Path) -> CalibrationBank | Calibration | None:
+    """The bank beside an encoder's weights, else the calibration of one threshold, else None.
+
+    Raises InputError when the file is damaged.
+    """
+    bank, measured = Path(folder) / BANK_FILE, Path(folder) / MEASURED_FILE
+    path = bank if bank.is_file() else measured
     if not path.is_file():
         return None
     try:
-        calibration = Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as error:  # not JSON, not an object, or not these fields
-        raise InputError(f"{path}: {error}; write it from Calibration.to_dict, or remove it") from None
-    if calibration.aggregation not in get_args(Aggregation):
-        known = ", ".join(get_args(Aggregation))
-        raise InputError(f"{path}: aggregation {calibration.aggregation!r}; one of {known} works")
-    return calibration
+        if path == measured:
+            return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        tensors, metadata = _read_safetensors(path)
+        rate, aggregation = float(metadata["false_accept_rate"]), metadata["aggregation"]
+        return CalibrationBank(**tensors, false_accept_rate=rate, aggregation=aggregation)  # type: ignore[arg-type]
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:  # not these fields, or damaged
+        raise InputError(f"{path}: {error}; make it again, or remove it to go without a calibrated threshold") from None
+
+
+def _read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -144,6 +144,44 @@ def test_a_candidate_is_what_the_plain_pipeline_makes_of_its_seed(
             assert np.abs(np.asarray(image, int) - np.asarray(plain, int)).max() <= 1
 
 
+def test_candidates_race_unless_told_not_to(generate: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    generate[generate.index("--num-candidates") + 1] = 6
+    generate[generate.index("--num-images") + 1] = 1
+    generate[generate.index("--steps") + 1] = 10
+    generate[generate.index("--max-batch-size") + 1] = 6
+    nearid(*generate)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    stopped = [c for c in report["candidates"] if c["status"] == "stopped"]
+    assert stopped and all(0 < c["stopped_at_step"] < 10 and c["image"] is None and c["reason"] for c in stopped)
+    assert report["cost"]["denoiser_rows"] < report["cost"]["denoiser_rows_best_of_n"]
+    assert "stopped" in capsys.readouterr().out
+    nearid(*generate, "--no-race")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert all(c["image"] for c in report["candidates"])
+    assert report["cost"]["denoiser_rows"] == report["cost"]["denoiser_rows_best_of_n"]
+
+
+def test_a_prompt_that_is_not_shown_and_copies_are_rejected(generate: list, tmp_path: Path):
+    generate[generate.index("--prompt") + 1] = "a photo of a red dog in space"
+    nearid(*generate, "--no-race", "--reject-copies", "--text-image-model", "miniworld")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert all((c["reason"] == "") == (c["status"] == "accepted") for c in report["candidates"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--budget", "0.5"], ["budget", "0.5"]),
+        (["--false-accept-rate", "0.05"], ["false_accept_rate 0.05", "negatives"]),
+        (["--text-image-model", "nobody/no-such-model"], ["nobody/no-such-model"]),
+    ],
+)
+def test_options_of_the_race_that_cannot_be(generate: list, flags: list, words: list, capsys):
+    assert nearid(*generate, *flags) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and all(word in errors[0] for word in words)
+
+
 def test_status_three_when_nothing_is_accepted(
     generate: list, tmp_path: Path, photo_dir: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -32,6 +32,17 @@ def test_nothing_is_changed_at_share_zero(tiny_pipeline_dir):
     assert load_reconstruction(tiny_pipeline_dir, 0.0)(pixels, 0) is pixels
 
 
+def test_the_fingerprint_names_all_that_reconstructions_depend_on(tiny_pipeline_dir, tiny_kl_pipeline_dir):
+    augment = load_reconstruction(tiny_pipeline_dir, 0.5)
+    assert augment.fingerprint == load_reconstruction(tiny_pipeline_dir, 0.5).fingerprint
+    others = [
+        load_reconstruction(tiny_pipeline_dir, 0.4),
+        load_reconstruction(tiny_kl_pipeline_dir, 0.5),
+        Reconstruction(augment.autoencoder, 0.5, latent_noise=0.0),
+    ]
+    assert len({augment.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
 def test_wrong_input_names_its_flag(tmp_path, tiny_pipeline_dir):
     with pytest.raises(InputError, match="--reconstruct-with"):
         load_reconstruction(tmp_path, 0.5)

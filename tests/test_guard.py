@@ -9,8 +9,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.guard import IdentityGuard, counted_rows
+from nearid_personalize.guard import GuardResults, IdentityGuard
 from nearid_personalize.scorer import IdentityScorer
+from nearid_personalize.selection import FixedSchedule
 
 STEPS = 3
 
@@ -29,7 +30,8 @@ def scorer(tiny_nearid_dir) -> IdentityScorer:
 
 @pytest.fixture
 def guard(pipe, scorer, photo_dir) -> IdentityGuard:
-    return IdentityGuard(pipe, scorer, scorer.enroll(photo_dir))
+    """One that runs every candidate to the end."""
+    return IdentityGuard(pipe, scorer, scorer.enroll(photo_dir), policy=None)
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -38,12 +40,12 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 def with_threshold(guard: IdentityGuard, threshold: float) -> IdentityGuard:
     subject = dataclasses.replace(guard.subject, threshold=threshold)
-    return IdentityGuard(guard.pipe, guard.scorer, subject, guard.max_batch_size)
+    return IdentityGuard(guard.pipe, guard.scorer, subject, guard.max_batch_size, guard.policy)
 
 
 @pytest.mark.parametrize("max_batch_size", [1, 2, 8])
 def test_candidate_k_is_the_plain_pipelines_picture(guard, pipe, max_batch_size):
-    guard = IdentityGuard(pipe, guard.scorer, guard.subject, max_batch_size)
+    guard = IdentityGuard(pipe, guard.scorer, guard.subject, max_batch_size, policy=None)
     kwargs = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "negative_prompt": "blurry"}
     result = guard("sks dog", num_images=1, num_candidates=3, seed=5, **kwargs)
     assert [candidate.seed for candidate in result.candidates] == [5, 6, 7]
@@ -83,7 +85,7 @@ def test_cost_counts_denoiser_rows(guard, guidance_scale, rows_per_step):
     guard.max_batch_size = 2
     result = guard("sks dog", num_images=1, num_candidates=3, num_inference_steps=STEPS, guidance_scale=guidance_scale)
     assert result.cost.denoiser_rows == result.cost.denoiser_rows_best_of_n == 3 * STEPS * rows_per_step
-    assert set(result.cost.seconds) == {"generate", "score"} and min(result.cost.seconds.values()) > 0
+    assert set(result.cost.seconds) == {"generate", "preview", "score"} and result.cost.seconds["preview"] == 0
 
 
 def test_four_candidates_per_image_by_default(guard):
@@ -100,25 +102,20 @@ def test_hooks_come_off_also_on_an_exception(guard, pipe):
     assert not pipe.unet._forward_pre_hooks and not pipe.unet._forward_pre_hooks_with_kwargs
 
 
-def test_rows_are_counted_when_the_sample_goes_by_name(pipe):
-    noise, embeddings = torch.randn(3, 4, 8, 8), torch.randn(3, 2, 32)
-    with torch.no_grad(), counted_rows(pipe.unet) as counter:
-        pipe.unet(sample=noise, timestep=1, encoder_hidden_states=embeddings)
-    assert counter.rows == 3
-
-
 @pytest.mark.parametrize(
     ("argument", "kwargs"),
     [
         ("generator", {"generator": torch.Generator()}),
         ("latents", {"latents": torch.zeros(1)}),
         ("num_images_per_prompt", {"num_images_per_prompt": 2}),
-        ("output_type", {"output_type": "latent"}),
+        ("output_type", {"output_type": "jpeg"}),
         ("return_dict", {"return_dict": False}),
         ("num_images", {"num_images": 0}),
         ("num_candidates", {"num_images": 4, "num_candidates": 3}),
         ("seed", {"seed": -1}),
-        ("prompt", {"prompt": ["a", "b"]}),
+        ("budget", {"budget": 0.5}),
+        ("prompt", {"prompt": None}),
+        ("prompt_embeds", {"prompt": None, "prompt_embeds": torch.zeros(2, 3, 32)}),
     ],
 )
 def test_impossible_calls_are_refused_by_name(guard, argument, kwargs):
@@ -131,3 +128,164 @@ def test_unusable_pipelines_and_batch_sizes_are_refused(guard, pipe):
         IdentityGuard(object(), guard.scorer, guard.subject)
     with pytest.raises(InputError, match="max_batch_size"):
         IdentityGuard(pipe, guard.scorer, guard.subject, max_batch_size=0)
+
+
+# --- racing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def halving(guard) -> IdentityGuard:
+    """A guard that runs all candidates to half-way and the better half of them to the end."""
+    return IdentityGuard(guard.pipe, guard.scorer, guard.subject, policy=FixedSchedule({0.5: 0.5}))
+
+
+@pytest.mark.parametrize("max_batch_size", [3, 8])
+def test_candidates_that_go_on_are_those_of_the_plain_pipeline(halving, pipe, max_batch_size):
+    halving.max_batch_size = max_batch_size
+    result = halving("sks dog", num_images=1, num_candidates=6, seed=3, num_inference_steps=4, guidance_scale=2.0)
+    stopped = [candidate for candidate in result.candidates if candidate.status == "stopped"]
+    assert 2 <= len(stopped) <= 3 and len(result.candidates) == 6
+    for candidate in result.candidates:
+        assert list(candidate.previews) == [0.5]
+        if candidate.status == "stopped":
+            assert candidate.stopped_at_step == 2 and candidate.image is None
+            assert "after step 2 of 4" in candidate.reason
+            assert candidate.score == candidate.previews[0.5]
+            continue
+        generator = torch.Generator().manual_seed(candidate.seed)
+        plain = pipe("sks dog", generator=generator, num_inference_steps=4, guidance_scale=2.0).images[0]
+        assert np.abs(pixels(candidate.image) - pixels(plain)).max() <= 1
+    assert result.cost.denoiser_rows == 2 * (4 * 6 - 2 * len(stopped))
+    assert result.cost.denoiser_rows_best_of_n == 2 * 4 * 6
+    assert result.cost.seconds["preview"] > 0
+
+
+def test_the_better_half_by_preview_goes_on(halving):
+    result = halving("sks dog", num_images=1, num_candidates=6, num_inference_steps=4)
+    on = [c.previews[0.5] for c in result.candidates if c.status != "stopped"]
+    assert len(on) == 3 and min(on) >= max(c.score for c in result.candidates if c.status == "stopped")
+
+
+def test_a_budget_begins_new_seeds_with_what_stopping_saves(halving):
+    halving.max_batch_size = 4
+    result = halving("sks dog", num_images=1, num_candidates=4, budget=6, num_inference_steps=4, guidance_scale=1.0)
+    assert [candidate.seed for candidate in result.candidates] == list(range(len(result.candidates)))
+    assert len(result.candidates) > 6 and result.cost.denoiser_rows <= 6 * 4
+
+
+def test_no_more_are_begun_once_enough_are_accepted(guard):
+    guard.max_batch_size = 2
+    call = {"num_images": 2, "num_candidates": 6, "until_accepted": True, "num_inference_steps": 1}
+    assert len(with_threshold(guard, -1.0)("sks dog", **call).candidates) == 2
+    nothing = with_threshold(guard, 1.1)("sks dog", **call)
+    assert len(nothing.candidates) == 6 and nothing.images == [] and nothing.best.image is not None
+    assert len(with_threshold(guard, 1.1)("sks dog", **{**call, "budget": 3}).candidates) == 3
+
+
+@pytest.mark.parametrize("fits", [2, 1, 0])
+def test_a_batch_that_does_not_fit_is_halved_and_nobody_is_lost(guard, pipe, fits):
+    def fails_above(module, args, kwargs):
+        if len(args[0]) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    call = {"num_images": 1, "num_candidates": 5, "num_inference_steps": 2, "guidance_scale": 1.0}
+    whole = guard("sks dog", **call)
+    handle = pipe.unet.register_forward_pre_hook(fails_above, with_kwargs=True)
+    try:
+        if fits == 0:
+            with pytest.raises(torch.OutOfMemoryError):
+                guard("sks dog", **call)
+            return
+        result = guard("sks dog", **call)
+    finally:
+        handle.remove()
+    assert guard.max_batch_size == fits
+    assert [candidate.seed for candidate in result.candidates] == [0, 1, 2, 3, 4]
+    for candidate, other in zip(result.candidates, whole.candidates, strict=True):
+        assert np.abs(pixels(candidate.image) - pixels(other.image)).max() <= 1
+
+
+@dataclasses.dataclass(frozen=True)
+class BrightnessFloor:
+    """Refuses pictures darker than `least`, the mean of 8-bit pixels."""
+
+    least: float
+
+    def judge(self, images, prompt):
+        means = [pixels(image).mean() for image in images]
+        return ["" if mean >= self.least else f"brightness {mean:.0f} below {self.least:.0f}" for mean in means]
+
+
+def test_a_floor_refuses_what_identity_accepts(guard):
+    every = with_threshold(guard, -1.0)
+    call = {"num_images": 2, "num_candidates": 4, "num_inference_steps": 1}
+    brightness = sorted(pixels(c.image).mean() for c in every("sks dog", **call).candidates)
+    every.floors = (BrightnessFloor((brightness[1] + brightness[2]) / 2),)
+    result = every("sks dog", **call)
+    assert len(result.accepted) == len(result.rejected) == 2
+    assert all(candidate.reason.startswith("brightness ") for candidate in result.rejected)
+    assert min(pixels(c.image).mean() for c in result.accepted) > max(pixels(c.image).mean() for c in result.rejected)
+
+
+def test_of_pictures_that_look_the_same_the_best_is_accepted(guard):
+    every = with_threshold(guard, -1.0)
+    every.duplicate_limit = -1.0  # everything looks like everything
+    result = every("sks dog", num_images=2, num_candidates=3, num_inference_steps=1)
+    assert [candidate.status for candidate in result.ranked] == ["accepted", "duplicate", "duplicate"]
+    assert result.ranked[0].score == max(c.score for c in result.candidates)
+    assert result.ranked[1].reason == f"looks like seed {result.ranked[0].seed}"
+
+
+@pytest.mark.parametrize(
+    ("output_type", "kind", "shape"),
+    [("pt", torch.Tensor, (2, 3, 32, 32)), ("np", np.ndarray, (2, 32, 32, 3)), ("latent", torch.Tensor, (2, 4, 8, 8))],
+)
+def test_images_come_in_the_output_type_asked_for(guard, output_type, kind, shape):
+    every = with_threshold(guard, -1.0)
+    call = {"num_images": 2, "num_candidates": 3, "num_inference_steps": 2}
+    result, as_pil = every("sks dog", output_type=output_type, **call), every("sks dog", **call)
+    assert isinstance(result.images, kind) and tuple(result.images.shape) == shape
+    for candidate, other in zip(result.candidates, as_pil.candidates, strict=True):
+        assert candidate.score == pytest.approx(other.score, abs=1e-3)
+        assert np.abs(pixels(candidate.image) - pixels(other.image)).max() <= 1
+
+
+def test_a_list_of_prompts_gives_a_result_for_each(guard):
+    every = with_threshold(guard, -1.0)
+    call = {"num_images": 1, "num_candidates": 2, "num_inference_steps": 1, "guidance_scale": 2.0}
+    results = every(["sks dog", "a cat"], negative_prompt=["blurry", "dark"], **call)
+    assert isinstance(results, GuardResults) and len(results.images) == 2
+    alone = every("a cat", negative_prompt="dark", **call)
+    assert results[1].prompt == "a cat" and np.array_equal(pixels(results[1].images[0]), pixels(alone.images[0]))
+
+
+def test_prompt_embeddings_stand_in_for_a_prompt(guard, pipe):
+    embeds, _ = pipe.encode_prompt("sks dog", "cpu", 1, False)
+    call = {"num_images": 1, "num_candidates": 2, "num_inference_steps": 1, "guidance_scale": 1.0}
+    by_embeds, by_text = guard(prompt_embeds=embeds, **call), guard("sks dog", **call)
+    assert np.array_equal(pixels(by_embeds.candidates[1].image), pixels(by_text.candidates[1].image))
+
+
+def test_a_callback_of_the_users_own_is_called(halving):
+    seen = []
+
+    def note(pipe, step, timestep, tensors):
+        seen.append((step, tuple(tensors)))
+        return {}
+
+    call = {"num_images": 1, "num_candidates": 4, "num_inference_steps": 4}
+    result = halving("sks dog", callback_on_step_end=note, **call)
+    assert seen == [(step, ("latents",)) for step in range(4)]
+    assert [c.status for c in result.candidates].count("stopped") == 2
+
+
+def test_a_pipeline_outside_the_tested_list_is_scored_at_the_end_only(guard):
+    class Unknown(StableDiffusionPipeline):
+        pass
+
+    pipe = Unknown(**guard.pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.warns(UserWarning, match="Unknown with DPMSolverMultistepScheduler is not among"):
+        other = IdentityGuard(pipe, guard.scorer, guard.subject, policy=FixedSchedule({0.5: 0.5}))
+    result = other("sks dog", num_images=1, num_candidates=4, num_inference_steps=2)
+    assert all(candidate.image is not None for candidate in result.candidates)

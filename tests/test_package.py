@@ -1,6 +1,9 @@
 """What importing the package costs and brings, and that every console command starts."""
 
+import ast
+import fnmatch
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,6 +51,16 @@ def test_every_public_name_is_there():
     for name in nearid_personalize.__all__:
         assert getattr(nearid_personalize, name) is not None
         assert name in dir(nearid_personalize)
+
+
+def test_nothing_but_the_library_is_installed():
+    """Folders beside it, `pipelines` or `examples`, would claim these names in everybody's site-packages."""
+    root = Path(__file__).parent.parent
+    config = (root / "pyproject.toml").read_text(encoding="utf-8")
+    (patterns,) = re.findall(r"packages\.find\]\ninclude = (\[.*\])", config)
+    packages = [file.parent.name for file in root.glob("*/__init__.py")]
+    found = {name for pattern in ast.literal_eval(patterns) for name in fnmatch.filter(packages, pattern)}
+    assert found == {"nearid_personalize"} and "namespaces = false" in config
 
 
 def test_a_misspelt_name_is_an_attribute_error():

@@ -43,7 +43,7 @@ def result() -> GuardResult:
 
 def test_candidates_become_tiles_best_first(result: GuardResult):
     tiles = report.candidate_tiles(result)
-    assert [tile.name for tile in tiles] == ["seed 7", "seed 6", "seed 5", "seed 8"]
+    assert [tile.name for tile in tiles] == ["seed 7", "seed 6", "seed 5", "seed 8, step 12"]
     assert [tile.status for tile in tiles] == ["accepted", "accepted", "rejected", "stopped"]
 
 
@@ -100,6 +100,30 @@ def test_many_references_and_long_titles_stay_on_the_sheet():
     assert (margin == margin[0, 0]).all()
 
 
+def test_heat_is_painted_where_it_is_and_nowhere_else():
+    heat = np.zeros((8, 8))
+    heat[2, 5], heat[6, 1] = 1.0, 0.4
+    picture = Image.new("RGB", (80, 80), (40, 160, 90))
+    painted = np.asarray(report.heat_overlay(picture, heat)).astype(int)
+    cold, warm, hot = painted[75, 75], painted[64, 15], painted[24, 54]
+    assert cold[0] == cold[1] == cold[2], "cold places are grey"
+    assert hot[0] > 180 and max(hot[1], hot[2]) < 70, "the hottest is red"
+    assert warm[0] > warm[1] > warm[2] and warm[1] > hot[1], "less heat is yellower"
+    assert (np.asarray(report.heat_overlay(picture, np.zeros((3, 3)))) == cold).all()
+
+
+def test_a_drift_sheet_shows_picture_reference_and_overlay_beside_each_other():
+    heat = np.zeros((4, 4), np.float32)
+    heat[:, :2] = 1
+    sheet = np.asarray(report.drift_sheet(plain(90), plain(30, (200, 100)), heat, side=100))
+    assert count(sheet, (90, 90, 90)) == 100 * 100
+    assert count(sheet, (30, 30, 30)) == 100 * 50
+    own, reference = (np.argwhere((sheet == value).all(axis=-1))[:, 1] for value in (90, 30))
+    reddish = np.argwhere((sheet[..., 0] > 150) & (sheet[..., 1] < 90) & (sheet[..., 2] < 90))[:, 1]
+    assert own.max() < reference.min() and reference.max() < reddish.min()
+    assert len(reddish) > 0.4 * 100 * 100
+
+
 def test_the_report_says_everything_the_run_did(result: GuardResult):
     models = {"base": "miniworld", "lora": None, "scorer": "miniworld"}
     written = report.generation_report(result, {7: "candidate-7.png"}, models, {"train_lora": 3.0004})
@@ -110,6 +134,7 @@ def test_the_report_says_everything_the_run_did(result: GuardResult):
         "seed": 7,
         "score": 0.9,
         "status": "accepted",
+        "reason": "",
         "stopped_at_step": None,
         "image": "candidate-7.png",
     }

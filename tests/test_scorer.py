@@ -2,21 +2,25 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import Dinov2Config, Dinov2Model
 
 from nearid_personalize import Calibration, IdentityScorer, InputError, NearIDModel, Subject
+from nearid_personalize.calibration import CalibrationBank, ThresholdOrigin, leave_one_out_scores
 from nearid_personalize.checkpoints import save_head
 from nearid_personalize.images import load_image as decode
 from nearid_personalize.scorer import (
     SINGLE_REFERENCE_THRESHOLD,
     UNCALIBRATED_MARGIN,
     identity_scores,
+    save_calibration,
     uncalibrated_threshold,
 )
 
@@ -282,23 +286,145 @@ def test_each_score_is_its_pictures_own(scorer, pictures):
     assert torch.allclose(torch.cat([scorer.score(p, subject) for p in pictures]), expected, atol=1e-5)
 
 
-def test_calibration_sets_threshold_and_aggregation(tiny_nearid_dir, pictures):
+def scorer_with(folder, calibration):
+    return IdentityScorer(NearIDModel.from_pretrained(folder), 32, (0.5,) * 3, (0.5,) * 3, calibration)
+
+
+def bank(rate=0.1, aggregation="centroid"):
+    return CalibrationBank.from_embeddings(
+        unit(30, 3, 32), unit(30, 2, 32, seed=1), unit(30, 2, 32, seed=2), rate, aggregation
+    )
+
+
+def test_a_measured_threshold_holds_for_its_own_aggregation(tiny_nearid_dir, pictures):
     calibration = Calibration(0.625, 0.05, 0.1, 100, 200, "max")
-    model = NearIDModel.from_pretrained(tiny_nearid_dir)
-    scorer = IdentityScorer(model, 32, (0.5,) * 3, (0.5,) * 3, calibration)
+    scorer = scorer_with(tiny_nearid_dir, calibration)
     subject = scorer.enroll(pictures[:3])
-    assert (subject.threshold, subject.aggregation) == (0.625, "max")
+    assert (subject.threshold, subject.aggregation, subject.origin) == (0.625, "max", calibration.origin)
+    assert not subject.origin.guaranteed
     other = scorer.enroll(pictures[:3], aggregation="mean")
     assert other.threshold == uncalibrated_threshold(other.embeddings) and other.aggregation == "mean"
+    assert other.origin == ThresholdOrigin()
+
+
+def test_the_bank_sets_the_threshold_for_the_number_of_photos(tiny_nearid_dir, pictures):
+    scorer = scorer_with(tiny_nearid_dir, bank())
+    for count, aggregation in ((1, None), (3, None), (3, "max"), (5, None)):
+        subject = scorer.enroll(pictures[:count], aggregation)
+        chosen = aggregation or "centroid"
+        assert subject.aggregation == chosen
+        assert (subject.threshold, subject.origin) == bank().known_scores(count, chosen).threshold_at(0.1)
+        assert (subject.origin.source, subject.origin.guaranteed) == ("bank", count <= 3)
+    strict = scorer.enroll(pictures[:3], false_accept_rate=0.04)
+    assert strict.origin.false_accept_rate == 0.04 and strict.threshold > scorer.enroll(pictures[:3]).threshold
+    with pytest.raises(InputError, match=r"takes 99 negatives .* here are 30;"):
+        scorer.enroll(pictures[:3], false_accept_rate=0.01)
+
+
+def test_given_negatives_set_the_threshold(scorer, pictures):
+    negatives = [picture(seed) for seed in range(100, 120)]
+    subject = scorer.enroll(pictures[:3], negatives=negatives, false_accept_rate=0.05)
+    scores = scorer.score(negatives, subject)
+    assert scores.max() < subject.threshold < scores.max() + 1e-6
+    own = leave_one_out_scores(subject.embeddings)
+    assert subject.origin == ThresholdOrigin(
+        "negatives", 0.05, True, 20, float((own < subject.threshold).double().mean()), 3
+    )
+    assert [entry.accepted for entry in scorer.rank(negatives, subject)] == [False] * 20
+    lenient = scorer.enroll(pictures[:3], negatives=negatives, false_accept_rate=0.5)
+    assert (scorer.score(negatives, lenient) >= lenient.threshold).sum() == 9  # floor(.5 * 21) of 21, one to come
+    assert scorer.enroll(pictures[0], negatives=negatives).origin.false_reject_rate is None
+
+
+def test_negatives_come_on_top_of_the_bank_which_knows_genuine_pictures(tiny_nearid_dir, pictures):
+    negatives = [picture(seed) for seed in range(100, 115)]
+    own = scorer_with(tiny_nearid_dir, None).enroll(pictures[:3], "centroid", negatives, 0.1)
+    lax = bank()
+    strict = replace(lax, impostor=lax.genuine[:, :1] * 0 + 0.999)  # [B,1,R]: all but the subject itself
+    sources = []
+    for calibration in (lax, strict):
+        scorer = scorer_with(tiny_nearid_dir, calibration)
+        alone, subject = scorer.enroll(pictures[:3]), scorer.enroll(pictures[:3], negatives=negatives)
+        assert subject.threshold == max(own.threshold, alone.threshold)
+        genuine, _ = calibration.scores(3, "centroid")
+        assert subject.origin.num_genuine == 60
+        assert subject.origin.false_reject_rate == float((genuine < subject.threshold).double().mean())
+        assert scorer.enroll(pictures[:3], negatives=negatives[:2]).threshold >= alone.threshold
+        with pytest.raises(InputError, match=r"takes 49 negatives .* here are 15;"):
+            subject.at(0.02)
+        sources.append(subject.origin.source)
+    assert sources == ["negatives", "bank"]
+
+
+def test_too_few_negatives(scorer, pictures):
+    subject = scorer.enroll(pictures[:3], negatives=pictures[3:])
+    assert subject.origin.false_accept_rate == pytest.approx(1 / 5)
+    assert "at most 20.00%" in subject.describe()
+    with pytest.raises(InputError, match=r"0\.05: takes 19 negatives .* here are 4; .* ask for 0\.2 or"):
+        scorer.enroll(pictures[:3], negatives=pictures[3:], false_accept_rate=0.05)
+    with pytest.raises(InputError, match="negatives"):
+        scorer.enroll(pictures[:3], false_accept_rate=0.05)
+    with pytest.raises(InputError, match="empty"):
+        scorer.enroll(pictures[:3], negatives=[])
+
+
+def test_another_rate_needs_no_pictures(scorer, pictures):
+    negatives = [picture(seed) for seed in range(100, 120)]
+    subject = scorer.enroll(pictures[:3], "max", negatives, 0.05)
+    for rate in (0.05, 0.1, 0.4):
+        again, enrolled = subject.at(rate), scorer.enroll(pictures[:3], "max", negatives, rate)
+        assert again.threshold == pytest.approx(enrolled.threshold, abs=1e-6)
+        assert (again.origin, again.aggregation) == (enrolled.origin, "max")
+    assert subject.at(0.4).threshold < subject.threshold and subject.at(0.4).at(0.05).threshold == subject.threshold
+    with pytest.raises(InputError, match="nothing is known"):
+        scorer.enroll(pictures[:3]).at(0.05)
+
+
+def test_references_that_would_be_rejected_are_pointed_out(scorer, pictures):
+    subject = scorer.enroll(pictures[:3])
+    own = subject.reference_scores
+    assert torch.equal(own, leave_one_out_scores(subject.embeddings))
+    assert "references" not in subject.describe()
+    odd = Subject(subject.embeddings, float(own.sort().values[1]))
+    assert odd.describe().endswith("; 1 of 3 references score less against the others")
+
+
+def test_the_fingerprint_is_the_references_own(scorer, pictures):
+    subject = scorer.enroll(pictures[:3])
+    assert subject.fingerprint == Subject(subject.embeddings.clone(), 0.1).fingerprint
+    others = [scorer.enroll(pictures[1:4]), scorer.enroll(pictures[2::-1]), scorer.enroll(pictures[:3], "max")]
+    assert len({subject.fingerprint, *(other.fingerprint for other in others)}) == 4
 
 
 def test_subject_round_trip(scorer, pictures, tmp_path):
-    subject = scorer.enroll(pictures[:3], aggregation="centroid")
-    subject.save(tmp_path / "me.safetensors")
-    again = Subject.load(tmp_path / "me.safetensors")
-    assert torch.equal(again.embeddings, subject.embeddings)
-    assert (again.threshold, again.aggregation) == (subject.threshold, "centroid")
+    path = tmp_path / "me.safetensors"
+    negatives = [picture(seed) for seed in range(100, 120)]
+    for subject in (
+        scorer.enroll(pictures[:3], aggregation="centroid"),
+        scorer.enroll(pictures[0], negatives=negatives),
+        scorer.enroll(pictures[:3], "max", negatives, 0.1),
+    ):
+        subject.save(path)
+        again = Subject.load(path)
+        assert torch.equal(again.embeddings, subject.embeddings) and again.fingerprint == subject.fingerprint
+        assert (again.threshold, again.aggregation) == (subject.threshold, subject.aggregation)
+        assert again.origin == subject.origin
+        if subject.known:
+            assert again.at(0.3).threshold == subject.at(0.3).threshold
+            assert again.at(0.3).origin == subject.at(0.3).origin
+        assert len(again.known) == len(subject.known)
     assert [path.name for path in tmp_path.iterdir()] == ["me.safetensors"]
+
+
+def test_files_from_before_origins_load(tmp_path):
+    embeddings, metadata = unit(3, 8), {"threshold": "0.625", "aggregation": "max"}
+    save_file({"embeddings": embeddings}, tmp_path / "old.safetensors", metadata)
+    subject = Subject.load(tmp_path / "old.safetensors")
+    assert torch.equal(subject.embeddings, embeddings) and (subject.threshold, subject.aggregation) == (0.625, "max")
+    assert subject.origin == ThresholdOrigin() and not subject.known
+    save_file({"embeddings": embeddings}, tmp_path / "bad.safetensors", metadata | {"origin": '{"who": 1}'})
+    with pytest.raises(InputError, match="not a saved subject"):
+        Subject.load(tmp_path / "bad.safetensors")
 
 
 def test_files_that_are_no_subject_are_refused(tiny_nearid_dir, tmp_path):
@@ -374,6 +500,31 @@ def test_calibration_file_is_read_and_checked(tiny_nearid_dir, tmp_path):
     for content in ("{", "[]", "{}", json.dumps({**calibration.to_dict(), "aggregation": "median"})):
         (tmp_path / "calibration.json").write_text(content)
         with pytest.raises(InputError, match=r"calibration\.json") as refused:
+            IdentityScorer.from_pretrained(tmp_path)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_bank_is_read_and_checked(tiny_nearid_dir, tmp_path, pictures):
+    NearIDModel.from_pretrained(tiny_nearid_dir).save_pretrained(tmp_path)
+    (tmp_path / "calibration.json").write_text(json.dumps(Calibration(0.5, 0.05, 0.1, 9, 9, "max").to_dict()))
+    save_calibration(bank(), tmp_path)
+    scorer = IdentityScorer.from_pretrained(tmp_path)
+    expected = scorer_with(tiny_nearid_dir, bank()).enroll(pictures[:2])
+    subject = scorer.enroll(pictures[:2])
+    assert (subject.threshold, subject.origin) == (expected.threshold, expected.origin)
+    whole = (tmp_path / "calibration.safetensors").read_bytes()
+    tensors = {name: tensor.contiguous() for name, tensor in bank().tensors().items()}
+    for damage in (
+        lambda path: path.write_bytes(whole[:100]),
+        lambda path: save_file(tensors, path),
+        lambda path: save_file(tensors, path, {"false_accept_rate": "x", "aggregation": "mean"}),
+        lambda path: save_file(tensors, path, {"false_accept_rate": "0.1", "aggregation": "median"}),
+        lambda path: save_file(
+            {"likeness": tensors["likeness"]}, path, {"false_accept_rate": "0.1", "aggregation": "max"}
+        ),
+    ):
+        damage(tmp_path / "calibration.safetensors")
+        with pytest.raises(InputError, match=r"calibration\.safetensors") as refused:
             IdentityScorer.from_pretrained(tmp_path)
         assert "\n" not in str(refused.value)
 

@@ -1,14 +1,32 @@
-"""Ranking and accepting candidates by score."""
+"""Ranking and accepting candidates by score; racing them on their previews."""
 
 import itertools
+import json
 import math
+import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
+from statistics import NormalDist
 
 import pytest
 import torch
 
-from nearid_personalize.selection import best_accepted, rank_candidates
+from nearid_personalize.errors import InputError
+from nearid_personalize.selection import (
+    DEFAULT_POLICY,
+    FixedSchedule,
+    PreviewProfile,
+    RacingPolicy,
+    Replay,
+    asked_columns,
+    best_accepted,
+    chance_among_best,
+    full_spread,
+    next_wave,
+    rank_candidates,
+    replay,
+)
 
 NAN = float("nan")
 
@@ -60,3 +78,432 @@ def test_best_accepted_takes_at_most_what_was_asked():
 def test_guard_and_selection_import_no_pipeline_library():
     code = "import sys, nearid_personalize.guard; sys.exit(any(m in sys.modules for m in ('diffusers', 'peft')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Racing. The tables here are drawn as plainly as can be: final + noise, a fresh noise for every preview.
+
+FRACTIONS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+CURVES = {
+    "early": (0.50, 0.70, 0.80, 0.88, 0.92, 0.96, 0.98),
+    "middling": (0.22, 0.42, 0.55, 0.68, 0.77, 0.85, 0.91),
+    "late": (0.07, 0.10, 0.20, 0.30, 0.45, 0.60, 0.75),
+}
+
+
+def draw_tables(correlations, num_tables=1, num_rows=16, seed=0):
+    """Previews `[T, R, S]` and finals `[T, R]`, standard normal."""
+    generator = torch.Generator().manual_seed(seed)
+    finals = torch.randn(num_tables, num_rows, generator=generator, dtype=torch.float64)
+    noise = torch.randn(num_tables, num_rows, len(correlations), generator=generator, dtype=torch.float64)
+    rho = torch.tensor(correlations, dtype=torch.float64)
+    return rho * finals[..., None] + (1 - rho**2).sqrt() * noise, finals
+
+
+def profile_of(correlations, num_tables=40, seed=99):
+    previews, finals = draw_tables(correlations, num_tables, seed=seed)
+    groups = [row // 16 for row in range(16 * num_tables)]
+    return PreviewProfile.fit(previews.flatten(0, 1), finals.flatten(), FRACTIONS, groups)
+
+
+def race(tables, num_candidates=16, num_images=1, policy=DEFAULT_POLICY, **options):
+    """Mean over tables of the winners' score, and of the cost."""
+    results = [replay(p, f, FRACTIONS, num_candidates, num_images, policy, **options) for p, f in zip(*tables)]
+    scores = [final[list(result.winners)].mean() for result, final in zip(results, tables[1])]
+    return float(torch.stack(scores).mean()), sum(result.cost for result in results) / len(results)
+
+
+class KeepAll:
+    """Somebody's own policy: it knows no fractions and stops nobody; it writes down when it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def decide(self, step_fraction, preview_scores, num_images):
+        self.asked.append(step_fraction)
+        return ~preview_scores.isnan()
+
+
+def test_of_two_candidates_the_chance_is_the_normal_distribution():
+    chances = chance_among_best(torch.tensor([0.7, 0.0]), 0.5, 1)
+    better = NormalDist().cdf(0.7 / (0.5 * math.sqrt(2)))
+    assert chances.tolist() == pytest.approx([better, 1 - better], abs=1e-5)
+
+
+@pytest.mark.parametrize("finished, threshold", [((), None), ((0.9, 1.3, -2.0), None), ((1.0,), 0.8)])
+@pytest.mark.parametrize("num_wanted", [1, 3])
+def test_chances_are_the_shares_of_many_draws(num_wanted, finished, threshold):
+    expected, error = torch.tensor([1.0, 0.8, 0.1, 0.0, -0.5, -1.5]), 0.6
+    draws = expected + error * torch.randn(200_000, 6, generator=torch.Generator().manual_seed(0))
+    everyone = torch.cat([draws, torch.tensor(finished).expand(len(draws), -1)], 1)
+    wanted = everyone.argsort(1, descending=True).argsort(1)[:, :6] < num_wanted
+    if threshold is not None:
+        wanted &= draws >= threshold
+    chances = chance_among_best(expected, error, num_wanted, finished, threshold)
+    # four standard errors of the draws, and the step of the quadrature where a certain score cuts
+    assert chances.tolist() == pytest.approx(wanted.double().mean(0).tolist(), abs=0.005 + 0.015 * len(finished))
+    if not finished:
+        assert float(chances.sum()) == pytest.approx(num_wanted, abs=1e-4)
+
+
+def slow_relation(previews, finals):
+    """Correlation, scale and weight by plain loops, in units of the previews' spread (its inverse square unbiased)."""
+    n = len(previews)
+    spread = statistics.stdev(previews) * math.sqrt((n - 1) / (n - 3))
+    x = [(p - statistics.mean(previews)) / spread for p in previews]
+    y = [(f - statistics.mean(finals)) / spread for f in finals]
+    slope = sum(a * b for a, b in zip(x, y)) / sum(a * a for a in x)
+    unexplained = sum((b - slope * a) ** 2 for a, b in zip(x, y)) / (n - 2)
+    scale = math.sqrt(slope**2 + unexplained)
+    return slope / scale, scale, n - 3
+
+
+def test_a_profile_is_a_least_squares_fit():
+    previews, finals = draw_tables(CURVES["middling"], seed=3)
+    profile = PreviewProfile.fit(previews[0], finals[0], FRACTIONS)
+    for column in range(len(FRACTIONS)):
+        slow = slow_relation(previews[0, :, column].tolist(), finals[0].tolist())
+        assert tuple(profile.relation(column)) == pytest.approx(slow, rel=1e-9)
+
+
+def test_a_profile_learns_the_curve_it_was_drawn_from():
+    for curve in CURVES.values():
+        assert profile_of(curve, 400).correlation() == pytest.approx(curve, abs=0.025)
+
+
+def test_level_and_scale_of_a_group_change_no_profile():
+    previews, finals = draw_tables(CURVES["middling"], 2)
+    shifted = torch.stack([previews[0], 0.1 * previews[1] + 7]), torch.stack([finals[0], 0.1 * finals[1] - 3])
+    groups = [0] * 16 + [1] * 16
+    plain, moved = (
+        PreviewProfile.fit(p.flatten(0, 1), f.flatten(), FRACTIONS, groups) for p, f in ((previews, finals), shifted)
+    )
+    assert moved.correlation() == pytest.approx(plain.correlation(), abs=1e-9)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(1))
+    mixed = PreviewProfile.fit(
+        previews.flatten(0, 1)[order], finals.flatten()[order], FRACTIONS, [groups[i] for i in order]
+    )
+    assert mixed.correlation() == pytest.approx(plain.correlation(), abs=1e-9)
+
+
+def test_a_profile_of_survivors_still_tells_the_correlation_of_all():
+    previews, finals = draw_tables((0.6,), 1, 4000, seed=5)
+    previews, finals = previews[0], finals[0].clone()
+    finals[previews[:, 0] < previews[:, 0].quantile(0.75)] = math.nan
+    profile = PreviewProfile.fit(previews, finals, (0.5,))
+    among_survivors = torch.corrcoef(torch.stack([previews[:, 0], finals])[:, ~finals.isnan()])[0, 1]
+    assert among_survivors < 0.4
+    assert profile.correlation()[0] == pytest.approx(0.6, abs=0.05)
+    assert profile.relation(0).weight < 0.4 * 1000  # and that they tell less than as many drawn at random
+
+
+def test_spread_is_put_right_for_who_was_stopped():
+    generator = torch.Generator().manual_seed(0)
+    earlier, noise = torch.randn(2, 20_000, generator=generator, dtype=torch.float64)
+    present = 0.8 * earlier + 0.6 * noise
+    for share in (0.5, 0.25):
+        survivors = present[earlier >= earlier.quantile(1 - share)]
+        assert survivors.std() < 0.85
+        assert full_spread(survivors, len(present)) == pytest.approx(1.0, abs=0.03)
+    assert full_spread(present, len(present)) == float(present.std())
+
+
+def test_joined_profiles_know_what_one_fit_of_all_knows():
+    previews, finals = draw_tables(CURVES["middling"], 3)
+    parts = [PreviewProfile.fit(p, f, FRACTIONS) for p, f in zip(previews, finals)]
+    whole = PreviewProfile.fit(previews.flatten(0, 1), finals.flatten(), FRACTIONS, [i // 16 for i in range(48)])
+    joined = parts[0].joined(parts[1]).joined(parts[2])
+    for name in ("freedom", "preview_squares", "products", "final_squares", "preview_level", "preview_spread"):
+        assert getattr(joined, name) == pytest.approx(getattr(whole, name))
+    assert joined.preview_level == parts[2].preview_level and joined.knows_level
+
+
+def test_a_profile_goes_through_json_without_its_run():
+    profile = profile_of(CURVES["middling"], 3)
+    loaded = PreviewProfile.from_dict(json.loads(json.dumps(profile.to_dict())))
+    assert loaded.correlation() == profile.correlation() and not loaded.knows_level
+    assert loaded.joined(profile).knows_level
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"products": None}, "products"),
+        ({"products": [1.0]}, "products has 1"),
+        ({"products": ["x"] * 7}, "products must be"),
+        ({"step_fractions": [0.5] * 7}, "ascend"),
+        ({"slopes": []}, "unknown .'slopes'"),
+    ],
+)
+def test_a_damaged_profile_is_refused_by_name(change, message):
+    with pytest.raises(InputError, match=message):
+        PreviewProfile.from_dict(profile_of(CURVES["middling"], 3).to_dict() | change)
+
+
+def test_between_recorded_fractions_a_profile_interpolates_and_before_them_it_trusts_less():
+    profile = PreviewProfile.fit(*(t[0] for t in draw_tables((0.4, 0.8), 1, 400)), (0.4, 0.8))
+    early, middle, late = profile.at((0.2, 0.6, 0.9)).correlation()
+    first, last = profile.correlation()
+    assert early < 0.6 * first and first < middle < last and late == pytest.approx(last)
+    assert profile.at(profile.step_fractions) == profile
+
+
+def decide(policy, scores, num_images=1, fraction=0.5):
+    return policy.decide(fraction, torch.tensor(scores), num_images).tolist()
+
+
+def policies():
+    """A policy in each state of knowledge."""
+    previews, finals = draw_tables(CURVES["early"], seed=7)
+    run = PreviewProfile.fit(previews[0], finals[0], FRACTIONS)
+    yield RacingPolicy()
+    yield RacingPolicy().informed(profile_of(CURVES["early"]))
+    yield RacingPolicy().informed(run, finals[0].tolist())
+    yield RacingPolicy(risk=0.6).informed(profile_of(CURVES["late"]).joined(run), finals[0, :3].tolist(), 0.5)
+
+
+@pytest.mark.parametrize("num_images", [1, 3])
+def test_a_higher_preview_is_never_stopped_while_a_lower_one_goes_on(num_images):
+    for policy, seed in itertools.product(policies(), range(8)):
+        scores = torch.randn(12, generator=torch.Generator().manual_seed(seed))
+        scores[3], scores[5], scores[6:8] = math.nan, scores[4], scores[8]
+        for fraction in (0.05, 0.3, 0.62, 0.95):
+            goes_on = policy.decide(fraction, scores, num_images)
+            assert not goes_on[3] and goes_on[4] == goes_on[5] and goes_on[6] == goes_on[7] == goes_on[8]
+            assert not (scores[~goes_on] >= scores[goes_on].min()).any()  # a comparison with NaN is false
+            assert goes_on.sum() >= max(1, num_images - len(policy.finished))
+
+
+def test_order_of_candidates_changes_no_decision():
+    for policy, seed in itertools.product(policies(), range(8)):
+        generator = torch.Generator().manual_seed(seed)
+        scores, order = torch.randn(16, generator=generator), torch.randperm(16, generator=generator)
+        assert torch.equal(policy.decide(0.4, scores, 2)[order], policy.decide(0.4, scores[order], 2))
+
+
+def test_level_and_scale_of_all_scores_change_no_race():
+    previews, finals = draw_tables(CURVES["middling"], 10, 40)
+    for p, f in zip(previews, finals):
+        plain = replay(p, f, FRACTIONS, budget=16)
+        for scale, level in ((1, 3.0), (0.05, -0.4)):
+            assert replay(scale * p + level, scale * f + level, FRACTIONS, budget=16) == plain
+
+
+def test_later_decisions_and_more_risk_stop_more():
+    scores = torch.linspace(-2, 2, 16)
+    going = [int(RacingPolicy().decide(f, scores, 1).sum()) for f in (0.05, 0.2, 0.4, 0.6, 0.8, 0.99)]
+    assert going == sorted(going, reverse=True) and going[0] == 16 and going[-1] == 1
+    by_risk = [int(RacingPolicy(risk=r).decide(0.5, scores, 1).sum()) for r in (0, 0.01, 0.1, 0.3, 0.9)]
+    assert by_risk == sorted(by_risk, reverse=True) and by_risk[0] == 16 and by_risk[-1] < by_risk[1]
+
+
+def test_who_has_nothing_to_tell_apart_goes_on():
+    assert decide(RacingPolicy(), [0.5] * 8) == [True] * 8
+    assert decide(RacingPolicy(), [NAN, 0.1, NAN]) == [False, True, False]
+    assert decide(RacingPolicy(), [NAN, NAN]) == [False, False]
+    assert decide(RacingPolicy(), [0.3, 0.1, 0.2], num_images=3, fraction=0.95) == [True] * 3
+
+
+def test_finished_candidates_and_a_threshold_out_of_reach_stop_more():
+    previews, finals = draw_tables(CURVES["early"], seed=7)
+    run = PreviewProfile.fit(previews[0], finals[0], FRACTIONS)
+    scores = torch.linspace(-1, 1, 8)
+    alone = RacingPolicy().informed(run).decide(0.5, scores, 1)
+    against = RacingPolicy().informed(run, [*finals[0].tolist(), 2.0]).decide(0.5, scores, 1)
+    hopeless = RacingPolicy().informed(run, [-1.0], 9.0).decide(0.5, scores, 1)
+    assert alone.sum() > against.sum() >= hopeless.sum() == 1
+
+
+def test_perfect_previews_once_known_cost_little_and_lose_nothing():
+    perfect = (1.0,) * len(FRACTIONS)
+    tables = draw_tables(perfect, 20)
+    score, cost = race(tables, profile=profile_of(perfect))
+    assert score == float(tables[1].max(1).values.mean())
+    assert cost <= 16 * 0.3 + 2  # hardly anyone but the winner goes on after the first decision
+    assert race(tables)[0] == score  # unknown, they cost more but lose nothing either
+
+
+@pytest.mark.parametrize("curve", [(0.0,) * len(FRACTIONS), CURVES["middling"]])
+def test_the_best_is_thrown_away_no_more_often_than_the_risk_says(curve):
+    previews, finals = draw_tables(curve, 150, seed=21)
+    profile = profile_of(curve)
+    for risk in (0.05, 0.3):
+        policy = RacingPolicy(risk=risk)
+        results = [replay(p, f, FRACTIONS, policy=policy, profile=profile) for p, f in zip(previews, finals)]
+        lost = sum(result.winners[0] != int(final.argmax()) for result, final in zip(results, finals))
+        assert lost / 150 <= risk + 3 * math.sqrt(risk * (1 - risk) / 150)
+    if curve[0]:
+        assert sum(result.cost for result in results) / 150 < 0.7 * 16
+
+
+@pytest.mark.parametrize("family", CURVES)
+@pytest.mark.parametrize("known", [False, True])
+def test_racing_beats_halving_at_equal_cost(family, known):
+    tables = draw_tables(CURVES[family], 200, 24, seed=11)
+    score, cost = race(tables, profile=profile_of(CURVES[family]) if known else None)
+    # halving half-way costs three quarters of its candidates; between two numbers of them, linear in cost
+    fewer = math.floor(cost / 0.75)
+    (low, low_cost), (high, high_cost) = (race(tables, n, policy=FixedSchedule()) for n in (fewer, fewer + 1))
+    assert low_cost <= cost <= high_cost
+    assert score >= low + (high - low) * (cost - low_cost) / (high_cost - low_cost)
+
+
+def test_racing_with_a_profile_keeps_the_gain_of_best_of_16_for_less():
+    tables = draw_tables(CURVES["early"], 300, 16, seed=12)
+    score, cost = race(tables, profile=profile_of(CURVES["early"]))
+    assert score >= 0.98 * float(tables[1].max(1).values.mean()) and cost <= 0.55 * 16
+
+
+def test_a_fixed_schedule_keeps_its_share_of_the_best():
+    assert decide(FixedSchedule(), [0.1, 0.4, 0.2, 0.3, 0.0]) == [False, True, True, True, False]
+    assert decide(FixedSchedule(), [0.1, 0.4, 0.2, 0.3], num_images=3) == [False, True, True, True]
+    thrice = FixedSchedule({0.25: 0.5, 0.5: 0.5, 0.75: 0.5})
+    assert thrice.step_fractions == (0.25, 0.5, 0.75)
+    scores = torch.randperm(16, generator=torch.Generator().manual_seed(0)).float()
+    for fraction, kept in ((0.1, 16), (0.25, 8), (0.4, 8), (0.5, 4), (0.75, 2)):
+        goes_on = thrice.decide(fraction, scores, 1)
+        assert goes_on.sum() == kept
+        assert torch.equal(thrice.decide(fraction, scores.masked_fill(~goes_on, NAN), 1), goes_on)
+
+
+def slow_halving(previews, finals, column, num_candidates):
+    """Halving half-way, by hand: the winner and the cost."""
+    by_preview = sorted(range(num_candidates), key=lambda row: -previews[row][column])
+    survivors = by_preview[: math.ceil(num_candidates / 2)]
+    cost = sum(1.0 if row in survivors else 0.5 for row in range(num_candidates))
+    return max(survivors, key=lambda row: finals[row]), cost
+
+
+@pytest.mark.parametrize("num_candidates", [1, 7, 16])
+def test_replay_of_halving_is_halving(num_candidates):
+    for previews, finals in zip(*draw_tables(CURVES["middling"], 10, 20)):
+        result = replay(previews, finals, FRACTIONS, num_candidates, policy=FixedSchedule())
+        winner, cost = slow_halving(previews.tolist(), finals.tolist(), FRACTIONS.index(0.5), num_candidates)
+        assert result == Replay((winner,), pytest.approx(cost), num_candidates, num_candidates)
+
+
+def test_a_policy_that_stops_nobody_is_best_of_n_and_is_asked_everywhere():
+    previews, finals = draw_tables((*CURVES["middling"], 1.0), 1, 20)
+    policy = KeepAll()
+    result = replay(previews[0], finals[0], (*FRACTIONS, 1.0), 12, 3, policy)
+    assert result.winners == tuple(finals[0, :12].argsort(descending=True)[:3].tolist())
+    assert result.cost == pytest.approx(12) and result.cost_best_of_n == 12
+    assert policy.asked == list(FRACTIONS)  # at the end nothing is left to decide
+
+
+def test_a_policy_is_asked_at_the_first_recorded_fraction_at_or_after_its_own():
+    assert asked_columns((0.2, 0.3, 0.5, 1.0), None) == [0, 1, 2]
+    assert asked_columns((0.2, 0.3, 0.5, 1.0), (0.3, 0.4, 0.55, 0.7)) == [1, 2]
+    assert asked_columns((0.25, 0.5, 0.75), (0.3, 0.4, 0.55, 0.7)) == [1, 2]
+    assert asked_columns((0.5,), (0.7,)) == []
+
+
+def test_a_candidate_costs_what_it_ran_and_its_previews():
+    previews, finals = draw_tables(CURVES["middling"], 1, 16)
+    free = replay(previews[0], finals[0], FRACTIONS, policy=FixedSchedule())
+    paid = replay(previews[0], finals[0], FRACTIONS, policy=FixedSchedule(), preview_cost=0.01)
+    assert free.cost == pytest.approx(12) and paid.cost == pytest.approx(12 + 16 * 0.01)
+
+
+@pytest.mark.parametrize("budget", [0.9, 1, 7.5, 16, 23])
+@pytest.mark.parametrize("max_batch_size", [None, 5])
+def test_a_budget_is_spent_and_never_exceeded(budget, max_batch_size):
+    for policy in (RacingPolicy(), FixedSchedule({0.3: 0.2}), KeepAll()):
+        for previews, finals in zip(*draw_tables(CURVES["middling"], 4, 120)):
+            result = replay(
+                previews,
+                finals,
+                FRACTIONS,
+                policy=policy,
+                budget=budget,
+                max_batch_size=max_batch_size,
+                preview_cost=0.005,
+            )
+            assert budget - 1.1 < result.cost <= budget + 1e-9
+            assert len(result.winners) == (budget > 1)
+
+
+def test_compute_that_was_freed_begins_new_seeds_under_a_budget_alone():
+    tables = draw_tables(CURVES["early"], 30, 60)
+    results = [replay(p, f, FRACTIONS) for p, f in zip(*tables)]
+    assert all(result.started == 16 and result.winners[0] < 16 for result in results)
+    refilled = [replay(p, f, FRACTIONS, budget=16) for p, f in zip(*tables)]
+    assert all(result.started > 20 for result in refilled)
+    best_of_16 = float(tables[1][:, :16].max(1).values.mean())
+    assert race(tables, budget=16)[0] > best_of_16 + 0.1
+
+
+def test_until_accepted_ends_with_the_wave_that_brings_enough():
+    previews, finals = draw_tables(CURVES["middling"], 1, 120, seed=2)
+    run = (previews[0], finals[0], FRACTIONS, 16, 2, RacingPolicy())
+    result = replay(*run, budget=40, threshold=1.0, max_batch_size=4)
+    assert len(result.winners) == 2 and all(finals[0, row] >= 1.0 for row in result.winners)
+    assert (finals[0, : result.started - 4] >= 1.0).sum() < 4 and result.cost < 40
+    nothing = replay(*run, budget=40, threshold=99.0, max_batch_size=4)
+    assert nothing.winners == () and 38 < nothing.cost <= 40
+
+
+def test_what_finished_is_told_before_the_next_wave():
+    told = []
+
+    @dataclass(frozen=True)
+    class Listening(RacingPolicy):
+        def informed(self, profile, finished=(), threshold=None):
+            told.append((profile, list(finished)))
+            return super().informed(profile, finished, threshold)
+
+    previews, finals = draw_tables(CURVES["middling"], 1, 30)
+    saved = profile_of(CURVES["middling"], 4)
+    replay(previews[0], finals[0], FRACTIONS, 16, policy=Listening(), profile=saved, max_batch_size=8)
+    (first, none), (second, some) = told
+    assert first is saved and none == []
+    assert 1 <= len(some) < 8 and set(some) <= set(finals[0, :8].tolist())
+    assert second.knows_level and second.freedom[-1] == pytest.approx(4 * 15 + len(some) - 1)
+
+
+def test_a_policy_that_draws_draws_from_the_seed():
+    @dataclass(frozen=True)
+    class Lottery:
+        seed: int = 0
+
+        def seeded(self, seed):
+            return Lottery(seed)
+
+        def decide(self, step_fraction, preview_scores, num_images):
+            drawn = torch.randint(len(preview_scores), (), generator=torch.Generator().manual_seed(self.seed))
+            return (torch.arange(len(preview_scores)) == drawn) & ~preview_scores.isnan()
+
+    previews, finals = draw_tables(CURVES["middling"], 1, 16)
+    winners = [replay(previews[0], finals[0], FRACTIONS, policy=Lottery(), seed=seed).winners for seed in range(8)]
+    assert len(set(winners)) > 2
+    assert winners == [replay(previews[0], finals[0], FRACTIONS, policy=Lottery(), seed=s).winners for s in range(8)]
+
+
+def test_a_wave_is_what_the_budget_can_bring_to_the_end():
+    assert next_wave(16) == 16 and next_wave(16, started=16, spent=7.0) == 0
+    assert next_wave(16, max_batch_size=6) == 6 and next_wave(16, started=12, max_batch_size=6) == 4
+    assert next_wave(16, budget=10) == 10 and next_wave(16, started=10, spent=5.5, budget=10) == 4
+    assert next_wave(16, started=16, spent=8.2, budget=16) == 7
+    assert next_wave(16, started=16, spent=8.2, budget=16, candidate_cost=1.2) == 6
+    assert next_wave(4, budget=9) == 4 and next_wave(4, started=4, spent=2.5, budget=9) == 6
+    assert next_wave(4, started=9, spent=8.5, budget=9) == 0
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda p, f: replay(p[:, :3], f, FRACTIONS), r"got \[16, 3\], \[16\] and \[7\]"),
+        (lambda p, f: replay(p, f, FRACTIONS, num_candidates=17), "17 and 16 rows"),
+        (lambda p, f: replay(p, f, FRACTIONS, num_images=0), "got 0"),
+        (lambda p, f: replay(p.masked_fill(p > 1, NAN), f, FRACTIONS), "complete"),
+        (lambda p, f: replay(p, f, FRACTIONS[::-1]), "ascend"),
+        (lambda p, f: PreviewProfile.fit(p, f, FRACTIONS, groups=[1, 2]), "16 candidates, got 2"),
+        (lambda p, f: RacingPolicy(risk=1.0), "risk must be in .0, 1., got 1.0"),
+        (lambda p, f: RacingPolicy(prior_weight=0), "prior_weight"),
+        (lambda p, f: RacingPolicy(step_fractions=(0.5, 0.4)), "ascend"),
+        (lambda p, f: FixedSchedule({0.5: 0.0}), "share_kept at 0.5"),
+    ],
+)
+def test_wrong_input_is_refused_by_name(call, message):
+    previews, finals = draw_tables(CURVES["middling"])
+    with pytest.raises(InputError, match=message):
+        call(previews[0], finals[0])

@@ -409,7 +409,9 @@ def test_trainer_shows_its_plan_and_trains_on_the_mini_world(trainer, tmp_path, 
     assert not same(weights(load_encoder(tmp_path / "out")[0]), weights(tiny_model()))
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--trunk", "none"), ("--steps", 0), ("--num-views", 1)])
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--trunk", "none"), ("--steps", 0), ("--num-views", 1), ("--preview-augment", "none")]
+)
 def test_trainer_answers_wrong_input_with_one_line(trainer, tmp_path, capsys, flag, value):
     tiny_model().save_pretrained(tmp_path / "trunk")
     arguments = {"--trunk": tmp_path / "trunk", "--output": tmp_path / "out", flag: value}
@@ -443,3 +445,26 @@ def test_trainer_takes_a_folder_of_subjects(trainer, tmp_path, capsys):
         assert report["sources"] == ["distractors"]
         assert not same(weights(load_encoder(output)[0]), weights(tiny_model()))
     assert "4 of" in capsys.readouterr().out
+
+
+def test_trainer_shows_previews_and_keeps_their_tokens_apart(
+    trainer, tmp_path, tiny_pipeline_dir, tiny_kl_pipeline_dir
+):
+    tiny_model().save_pretrained(tmp_path / "trunk")
+    flags = ("--trunk", tmp_path / "trunk", "--num-identities", 6, "--num-validation", 0, "--steps", 2)
+    tokens, heads = tmp_path / "tokens", []
+    runs = [
+        (),
+        ("--preview-augment", tiny_pipeline_dir),
+        ("--preview-augment", tiny_pipeline_dir, "--previewed", 0.6),
+        ("--preview-augment", tiny_kl_pipeline_dir, "--previewed", 0.6),
+        ("--preview-augment", tiny_kl_pipeline_dir, "--previewed", 0.6, "--reconstruct-with", tiny_pipeline_dir),
+    ]
+    for number, augmented in enumerate(runs, start=1):
+        output = tmp_path / str(number)
+        assert trainer(*flags, *augmented, "--token-folder", tokens, "--output", output) == 0
+        assert len(list(tokens.iterdir())) == number
+        heads.append(weights(load_encoder(output)[0]))
+    assert not any(same(heads[i], heads[j]) for i in range(len(runs)) for j in range(i))
+    assert trainer(*flags, *runs[-1], "--token-folder", tokens, "--output", tmp_path / "again") == 0
+    assert len(list(tokens.iterdir())) == len(runs) and same(weights(load_encoder(tmp_path / "again")[0]), heads[-1])

@@ -13,19 +13,19 @@ import torch
 import tyro
 from accelerate import Accelerator
 
-from nearid_personalize.checkpoints import trunk_fingerprint, weights_fingerprint
+from nearid_personalize.checkpoints import trunk_fingerprint
 from nearid_personalize.data import OFF, Augmentation, IdentityDataset, Rows, check_disjoint, load_rows
 from nearid_personalize.data.cache import (
     CacheKey,
     LiveTokens,
-    PixelTransform,
     TokenSource,
     bytes_needed,
     cache_in_memory,
     cache_on_disk,
     free_bytes,
 )
-from nearid_personalize.data.reconstruct import load_reconstruction
+from nearid_personalize.data.previews import Previews, load_previews
+from nearid_personalize.data.reconstruct import Reconstruction, load_reconstruction
 from nearid_personalize.encoder import NearIDModel, load_encoder
 from nearid_personalize.errors import InputError
 from nearid_personalize.miniworld import rows as miniworld_rows
@@ -79,6 +79,11 @@ class Arguments:
     reconstruct_with: Path | None = None
     """Folder of a diffusers pipeline: a share of the pictures passes through its autoencoder."""
     reconstructed: float = 0.3
+    """That share, 0 to 1; with previews, of the pictures that are none."""
+    preview_augment: str | None = None
+    """Folder or Hub id of a Stable Diffusion pipeline, or "miniworld": a share of the pictures is shown as that model
+    sees them half-way, so that the head can score previews."""
+    previewed: float = 0.3
     """That share, 0 to 1."""
     tokens: Literal["auto", "disk", "live"] = "auto"
     """Where the trunk's tokens are: on disk, or nowhere (the trunk runs at every step). auto: on disk if they fit."""
@@ -123,20 +128,25 @@ def open_rows(arguments: Arguments) -> tuple[Rows, Rows | None]:
     return train, held_out
 
 
+def open_transform(arguments: Arguments, device: torch.device) -> Previews | Reconstruction | None:
+    """What a share of the training pictures passes through; a picture is a preview or a reconstruction, never both."""
+    reconstruction = None
+    if arguments.reconstruct_with:
+        reconstruction = load_reconstruction(arguments.reconstruct_with, arguments.reconstructed, device)
+    if arguments.preview_augment is None:
+        return reconstruction
+    return load_previews(arguments.preview_augment, arguments.previewed, reconstruction, device)
+
+
 def open_tokens(
     arguments: Arguments,
     model: NearIDModel,
     preprocessing: Preprocessing,
     dataset: IdentityDataset,
+    transform: Previews | Reconstruction | None,
     accelerator: Accelerator,
 ) -> TokenSource:
     """The training rows' tokens: from a cache that is written first where it is missing, or live."""
-    transform: PixelTransform | None = None
-    varied = ""
-    if arguments.reconstruct_with:
-        transform = load_reconstruction(arguments.reconstruct_with, arguments.reconstructed)
-        weights = weights_fingerprint(transform.autoencoder.state_dict())
-        varied = f"reconstructed {transform.share} {transform.latent_noise} {weights}"
     folder = arguments.token_folder or arguments.head.output / "tokens"
     kind = arguments.tokens
     if kind == "auto":
@@ -149,6 +159,7 @@ def open_tokens(
             model, lambda variant: replace(dataset, variant=variant), dataset.view_mask, preprocessing, transform
         )
     variants = [replace(dataset, variant=variant) for variant in range(arguments.variants)]
+    varied = transform.fingerprint if transform else ""
     names = tuple(f"{variant.fingerprint} {varied}" for variant in variants)
     return cache_on_disk(
         folder,
@@ -184,6 +195,7 @@ def run(arguments: Arguments) -> HeadResult | None:
     model.freeze_trunk()
     train, held_out = open_rows(arguments)
     accelerator = accelerator_for(arguments.head)
+    transform = open_transform(arguments, accelerator.device)
     if accelerator.is_main_process:
         show_plan(arguments, model, preprocessing, train)
     if arguments.dry_run:
@@ -202,7 +214,7 @@ def run(arguments: Arguments) -> HeadResult | None:
         arguments.data_seed,
         augmentation=Augmentation() if arguments.augment else OFF,
     )
-    source = open_tokens(arguments, model, preprocessing, dataset, accelerator)
+    source = open_tokens(arguments, model, preprocessing, dataset, transform, accelerator)
     validation = None
     if held_out is not None:
         plain = IdentityDataset(held_out, preprocessing.size, arguments.num_views)

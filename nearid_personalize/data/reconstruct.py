@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nearid_personalize.checkpoints import weights_fingerprint
 from nearid_personalize.errors import InputError
 
 
@@ -29,6 +30,12 @@ class Reconstruction:
         if not 0 <= self.share <= 1:
             raise InputError(f"--reconstructed {self.share}: give a share of the pictures, 0 to 1")
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes with all that the pictures depend on but the seeds."""
+        weights = weights_fingerprint(self.autoencoder.state_dict())
+        return f"reconstructed {self.share} {self.latent_noise} {weights}"
+
     @torch.no_grad()
     def __call__(self, pixels: Tensor, seed: int) -> Tensor:
         """Pictures [m,3,H,W] in [0, 1] -> such pictures. H and W must suit the autoencoder."""
@@ -45,7 +52,7 @@ class Reconstruction:
         return pixels
 
 
-def load_reconstruction(pipeline: str | Path, share: float) -> Reconstruction:
+def load_reconstruction(pipeline: str | Path, share: float, device: Any = "cpu") -> Reconstruction:
     """The augmentation with the autoencoder of a pipeline folder (its `vae` subfolder).
 
     Raises InputError when the folder holds none.
@@ -56,4 +63,4 @@ def load_reconstruction(pipeline: str | Path, share: float) -> Reconstruction:
     if not (folder / "config.json").is_file():
         raise InputError(f"--reconstruct-with {pipeline}: holds no vae/config.json; give the folder of a pipeline")
     kind = AutoencoderTiny if "Tiny" in (folder / "config.json").read_text(encoding="utf-8") else AutoencoderKL
-    return Reconstruction(kind.from_pretrained(folder, use_safetensors=True).eval(), share)
+    return Reconstruction(kind.from_pretrained(folder, use_safetensors=True).eval().to(device), share)

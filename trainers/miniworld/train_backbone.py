@@ -30,7 +30,7 @@ class BackboneOptions(LoopOptions):
     """Options of the backbone's training."""
 
     state: Path = Path("runs/backbone")
-    steps: int = 7000
+    steps: int = 14000
     batch_size: int = 64
     learning_rate: float = 1e-3
     warmup: int = 200

@@ -1,0 +1,304 @@
+"""What does racing save, and what does it lose? `python benchmarks/guard_cost.py --out runs/guard_cost`.
+
+For held-out subjects of the mini-world: train a LoRA, run 32 candidates for each of two prompts to the end, keep the
+previews of every third step, and let the judge say which attributes each finished picture really shows. On these
+tables candidates 0-15 are raced, by the guard's policy and by simpler ones; later ones are the seeds that saved compute
+may begin. Then the guard itself runs, for its winner, its rows and its seconds. Intervals: 95 %, bootstrap over
+subjects.
+"""
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from quickstart_quality import interval, personalised, shots_of
+
+from nearid_personalize.denoising import Moment, denoise
+from nearid_personalize.guard import IdentityGuard
+from nearid_personalize.images import write_atomically
+from nearid_personalize.miniworld import Split, weights_dir
+from nearid_personalize.miniworld.judge import judge
+from nearid_personalize.scorer import IdentityScorer
+from nearid_personalize.selection import (
+    DEFAULT_POLICY,
+    FixedSchedule,
+    PreviewProfile,
+    Replay,
+    StoppingPolicy,
+    replay,
+)
+
+STEP_FRACTIONS = tuple(i / 10 for i in range(1, 10))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    out: Path = Path("runs/guard_cost")
+    """Folder for the tables; finished subjects are not drawn again, only scored."""
+    num_subjects: int = 24
+    first_subject: int = 2000
+    """Index of the first subject of the split."""
+    split: Split = "test"
+    num_recorded: int = 32
+    """Candidates per prompt."""
+    steps: int = 30
+    """Denoising steps."""
+    lora_steps: int = 50
+    """LoRA steps: few, so that candidates differ."""
+    workers: int = 1
+    """Processes; each uses one thread."""
+    scorer: str = ""
+    """Folder of a NearID model. Default: the packaged one."""
+    num_candidates: int = 16
+    """Candidates that a race begins with."""
+    num_images: int = 1
+    """Winners."""
+    num_guarded: int = 2
+    """Subjects on which the guard itself runs as well."""
+    profile: Path | None = None
+    """`profile.json` that this benchmark wrote for other subjects."""
+
+
+def pixels_to_bytes(pixels: torch.Tensor) -> np.ndarray:
+    """`[n,3,H,W]` in [0, 1] -> uint8 `[n,H,W,3]`."""
+    return (pixels * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def draw_subject(job: tuple[Options, int]) -> None:
+    """Train, draw and judge one subject; writes `<index>.npz` (pictures, previews) and then `<index>.json`."""
+    options, index = job
+    path = options.out / f"{index}.json"
+    if path.exists():
+        return
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    pet, contexts, pipe = personalised(options.split, index, options.lora_steps)
+    pictures, previews, prompts = [], [], []
+    for context in contexts:
+        prompt = f"a photo of sks {pet.category} in {context}"
+        seen: list[np.ndarray] = []
+
+        def keep(moment: Moment, seen: list[np.ndarray] = seen) -> None:
+            if moment.step % (options.steps // 10) == 0 and moment.step < options.steps:
+                seen.append(pixels_to_bytes(moment.preview()))
+
+        arguments = {"prompt": prompt, "num_inference_steps": options.steps, "guidance_scale": 3.0}
+        generators = [torch.Generator().manual_seed(seed) for seed in range(options.num_recorded)]
+        images = denoise(pipe, arguments, generators, keep).images
+        verdicts = [judge(image, pet, context) for image in images]
+        pictures.append(np.stack([np.asarray(image) for image in images]))
+        previews.append(np.stack(seen, axis=1))  # [M,S,H,W,3]
+        prompts.append(
+            {
+                "prompt": prompt,
+                "agreement": [verdict.agreement for verdict in verdicts],
+                "wrong": [verdict.wrong for verdict in verdicts],
+            }
+        )
+    np.savez_compressed(options.out / f"{index}.npz", pictures=np.stack(pictures), previews=np.stack(previews))
+    write_atomically(path, json.dumps({"prompts": prompts, "seconds": time.perf_counter() - started}))
+
+
+@dataclass(frozen=True)
+class Table:
+    """One prompt of one subject: candidates that all ran to the end. previews [M,S], finals [M], agreement [M]."""
+
+    subject: int
+    previews: torch.Tensor
+    finals: torch.Tensor
+    agreement: torch.Tensor
+
+
+def read_tables(options: Options, scorer: IdentityScorer) -> list[Table]:
+    """Score what was drawn."""
+    tables = []
+    for index in range(options.first_subject, options.first_subject + options.num_subjects):
+        record = json.loads((options.out / f"{index}.json").read_text())
+        drawn = np.load(options.out / f"{index}.npz")
+        _, references, _ = shots_of(options.split, index)
+        subject = scorer.enroll(references)
+        for prompt, pictures, previews in zip(record["prompts"], drawn["pictures"], drawn["previews"], strict=True):
+            finals = scorer.score(as_tensor(pictures), subject)
+            seen = scorer.score(as_tensor(previews.reshape(-1, *previews.shape[2:])), subject)
+            agreement = torch.tensor(prompt["agreement"])
+            tables.append(Table(index, seen.reshape(len(finals), -1), finals, agreement))
+    return tables
+
+
+def as_tensor(pictures: np.ndarray) -> torch.Tensor:
+    """uint8 `[n,H,W,3]` -> uint8 `[n,3,H,W]`."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class RandomHalving:
+    """Stops a random half half-way: what stopping saves when nothing is known."""
+
+    generator: torch.Generator
+    step_fractions: tuple[float, ...] = (0.5,)
+
+    def decide(self, step_fraction: float, preview_scores: torch.Tensor, num_images: int) -> torch.Tensor:
+        """See `StoppingPolicy`."""
+        kept = torch.randperm(len(preview_scores), generator=self.generator)[
+            : max(num_images, len(preview_scores) // 2)
+        ]
+        return torch.zeros(len(preview_scores), dtype=torch.bool).scatter(0, kept, True)
+
+
+def arms(options: Options, profile: PreviewProfile | None, preview_cost: float) -> dict[str, Callable[[Table], Replay]]:
+    """Ways to spend compute on a table, by name."""
+    n, wanted = options.num_candidates, options.num_images
+
+    def raced(policy: StoppingPolicy, budget: float | None = None, known: PreviewProfile | None = None) -> Callable:
+        return lambda t: replay(
+            t.previews,
+            t.finals,
+            STEP_FRACTIONS,
+            n,
+            wanted,
+            policy,
+            known,
+            budget=budget,
+            preview_cost=preview_cost,
+        )
+
+    def plain(count: int) -> Callable:
+        return lambda t: Replay(tuple(t.finals[:count].argsort(descending=True)[:wanted].tolist()), count, n, count)
+
+    chosen: dict[str, Callable[[Table], Replay]] = {f"best of {count}": plain(count) for count in (n, n // 2, n // 4)}
+    chosen["random half stopped half-way"] = raced(RandomHalving(torch.Generator().manual_seed(0)))
+    chosen["worse half stopped half-way"] = raced(FixedSchedule({0.5: 0.5}))
+    chosen["halved at .3, .5 and .7"] = raced(FixedSchedule({0.3: 0.5, 0.5: 0.5, 0.7: 0.5}))
+    chosen["raced"] = raced(DEFAULT_POLICY)
+    if profile is not None:
+        chosen["raced, profile of validation subjects"] = raced(DEFAULT_POLICY, None, profile)
+    chosen["raced, same compute"] = raced(DEFAULT_POLICY, float(n), profile)
+    return chosen
+
+
+def outcome(table: Table, race: Replay, num_candidates: int) -> list[float]:
+    """Cost share, then (this, random, best of N) of the winners' mean final score, and of their judge agreement."""
+    winners = list(race.winners)
+    values = [race.cost / race.cost_best_of_n]
+    best = table.finals[:num_candidates].argsort(descending=True)[: len(winners)]
+    for truth in (table.finals, table.agreement):
+        values += [truth[winners].mean().item(), truth[:num_candidates].mean().item(), truth[best].mean().item()]
+    return values
+
+
+def gain(rows: np.ndarray, first: int) -> float:
+    """(this - random) / (best of N - random) of means over outcomes `[n,7]`, columns from `first` on."""
+    this, random, best = rows[:, first : first + 3].mean(axis=0)
+    return float((this - random) / (best - random))
+
+
+STATISTICS: dict[str, Callable[[np.ndarray], float]] = {
+    "cost": lambda rows: float(rows[:, 0].mean()),
+    "score gain": lambda rows: gain(rows, 1),
+    "agreement gain": lambda rows: gain(rows, 4),
+    "agreement": lambda rows: float(rows[:, 4].mean()),
+}
+
+
+def by_subject(tables: list[Table], rows: list[list[float]]) -> np.ndarray:
+    """Rows in the tables' order -> `[subjects, prompts, ...]`, what intervals are drawn over."""
+    return np.array(rows).reshape(len({table.subject for table in tables}), -1, len(rows[0]))
+
+
+def rank_correlation(table: Table) -> list[float]:
+    """Spearman of previews with final scores, by step fraction `[S]`."""
+    ranks = torch.cat([table.previews, table.finals[:, None]], dim=1).argsort(dim=0).argsort(dim=0).double()
+    return torch.corrcoef(ranks.T)[-1, :-1].tolist()
+
+
+def run_guard(options: Options, scorer: IdentityScorer, tables: list[Table]) -> dict:
+    """The guard itself on the first prompts: rows, winners and seconds, beside what the replay said of them."""
+    rows, agrees, seconds = [], 0, {"generate": 0.0, "preview": 0.0, "score": 0.0}
+    for index in range(options.first_subject, options.first_subject + options.num_guarded):
+        pet, contexts, pipe = personalised(options.split, index, options.lora_steps)
+        _, references, _ = shots_of(options.split, index)
+        guard = IdentityGuard(pipe, scorer, scorer.enroll(references), options.num_candidates)
+        own = [table for table in tables if table.subject == index]
+        for context, table in zip(contexts, own, strict=True):
+            result = guard(
+                f"a photo of sks {pet.category} in {context}",
+                num_images=options.num_images,
+                num_candidates=options.num_candidates,
+                num_inference_steps=options.steps,
+                guidance_scale=3.0,
+            )
+            race = replay(table.previews, table.finals, STEP_FRACTIONS, options.num_candidates, options.num_images)
+            finished = [candidate for candidate in result.ranked if candidate.status != "stopped"]
+            best = sorted(finished, key=lambda c: -c.score)[: options.num_images]
+            agrees += [candidate.seed for candidate in best] == list(race.winners)
+            rows.append(
+                [result.cost.denoiser_rows / result.cost.denoiser_rows_best_of_n, race.cost / race.cost_best_of_n]
+            )
+            for stage, spent in result.cost.seconds.items():
+                seconds[stage] += spent
+    guarded, replayed = np.array(rows).mean(axis=0)
+    full = seconds["generate"] / (guarded * len(rows) * options.num_candidates)
+    asked = len(DEFAULT_POLICY.step_fractions)
+    return {
+        "prompts": len(rows),
+        "same_winners": agrees,
+        "rows_share": float(guarded),
+        "rows_share_replayed": float(replayed),
+        "seconds": seconds,
+        "preview_share_of_time": seconds["preview"] / sum(seconds.values()),
+        "preview_cost": seconds["preview"] / (len(rows) * options.num_candidates * asked) / full,
+    }
+
+
+def main(options: Options) -> None:
+    """Draw what is missing, race it, print the table, write `summary.json`."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    jobs = [(options, index) for index in range(options.first_subject, options.first_subject + options.num_subjects)]
+    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+        pool.map(draw_subject, jobs, chunksize=1)
+    scorer = IdentityScorer.from_pretrained(options.scorer or weights_dir("nearid"))
+    tables = read_tables(options, scorer)
+    profile = None
+    if options.profile is not None:
+        profile = PreviewProfile.from_dict(json.loads(options.profile.read_text(encoding="utf-8")))
+    guarded = run_guard(options, scorer, tables) if options.num_guarded else {}
+    summary: dict = {"prompts": len(tables), "guard": guarded, "spearman": {}, "arms": {}}
+    spearman = by_subject(tables, [rank_correlation(table) for table in tables])
+    for i, fraction in enumerate(STEP_FRACTIONS):
+        summary["spearman"][fraction] = with_bounds(spearman[..., i : i + 1], lambda rows: float(rows.mean()))
+        print(f"Spearman at {fraction}: {shown(summary['spearman'][fraction])}")
+    for name, run in arms(options, profile, guarded.get("preview_cost", 0.0)).items():
+        outcomes = by_subject(tables, [outcome(table, run(table), options.num_candidates) for table in tables])
+        summary["arms"][name] = {title: with_bounds(outcomes, statistic) for title, statistic in STATISTICS.items()}
+        print(f"{name:40}" + "  ".join(f"{title} {shown(value)}" for title, value in summary["arms"][name].items()))
+    print(json.dumps(guarded, indent=2))
+    write_atomically(options.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    learnt = PreviewProfile.fit(
+        torch.cat([table.previews for table in tables]),
+        torch.cat([table.finals for table in tables]),
+        STEP_FRACTIONS,
+        [number for number, table in enumerate(tables) for _ in table.finals],
+    )
+    write_atomically(options.out / "profile.json", json.dumps(learnt.to_dict()) + "\n")
+
+
+def with_bounds(rows: np.ndarray, statistic: Callable[[np.ndarray], float]) -> list[float]:
+    """A statistic of rows `[subjects, prompts, ...]` and its 95 % bootstrap interval over subjects."""
+    return [statistic(rows.reshape(-1, rows.shape[-1])), *interval(rows, statistic)]
+
+
+def shown(value: list[float]) -> str:
+    """ ".55 [.44, .67]"."""
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*value)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,503 @@
+"""How a stock diffusers pipeline is watched while it denoises a batch, and the batch's denoiser calls shrunk.
+
+The pipeline itself keeps every row to the end of its loop: its latents, the scheduler's memory, the generators and
+whatever else the loop holds stay as they are in a plain call. Only the denoiser, where the time goes, gets fewer rows:
+a forward pre-hook takes the stopped ones out of everything it is called with, and a forward hook puts the output of a
+row that goes on in their place. What the loop makes of a stopped row is therefore meaningless, and is cut before the
+VAE decodes. A row that goes on meets the arithmetic of a plain call, under any scheduler, with guidance or without.
+
+Letters: N candidates, the rows of the batch as it starts; n of them that go on; F = 2 where one call of the denoiser
+holds both halves of classifier-free guidance, else 1: candidate `row` is then at `row` and at `N + row` of F·N rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from nearid_personalize.errors import InputError
+from nearid_personalize.images import to_tensor
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+TESTED_PIPELINES = frozenset(
+    {
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionXLPipeline",
+        "StableDiffusion3Pipeline",
+        "FluxPipeline",
+        "Flux2Pipeline",
+        "QwenImagePipeline",
+        "ZImagePipeline",
+    }
+)
+"""Pipelines whose batch may shrink: the tests hold that the rows that go on come out as in a plain call."""
+
+# Which space a scheduler keeps its sample x in; x0 is the clean latent and e the noise.
+_BY_TIMESTEP = "x = sqrt(abar) x0 + sqrt(1 - abar) e, abar looked up by timestep"
+_PRESERVING = "x = alpha x0 + sigma alpha e, alpha = 1 / sqrt(1 + sigma^2), or (1 - sigma) x0 + sigma e as a flow"
+_EXPLODING = "x = x0 + sigma e"
+_PRECONDITIONED = "as exploding, and the model's output has a preconditioning of its own"
+_FLOW = "x = (1 - sigma) x0 + sigma e"
+
+TESTED_SCHEDULERS = {
+    "DDIMScheduler": _BY_TIMESTEP,
+    "DDPMScheduler": _BY_TIMESTEP,
+    "LCMScheduler": _BY_TIMESTEP,
+    "PNDMScheduler": _BY_TIMESTEP,
+    "TCDScheduler": _BY_TIMESTEP,
+    "DEISMultistepScheduler": _PRESERVING,
+    "DPMSolverMultistepScheduler": _PRESERVING,
+    "DPMSolverSinglestepScheduler": _PRESERVING,
+    "SASolverScheduler": _PRESERVING,
+    "UniPCMultistepScheduler": _PRESERVING,
+    "DPMSolverSDEScheduler": _EXPLODING,
+    "EulerAncestralDiscreteScheduler": _EXPLODING,
+    "EulerDiscreteScheduler": _EXPLODING,
+    "HeunDiscreteScheduler": _EXPLODING,
+    "KDPM2AncestralDiscreteScheduler": _EXPLODING,
+    "KDPM2DiscreteScheduler": _EXPLODING,
+    "LMSDiscreteScheduler": _EXPLODING,
+    "EDMDPMSolverMultistepScheduler": _PRECONDITIONED,
+    "EDMEulerScheduler": _PRECONDITIONED,
+    "FlowMatchEulerDiscreteScheduler": _FLOW,
+    "FlowMatchHeunDiscreteScheduler": _FLOW,
+    "FlowMatchLCMScheduler": _FLOW,
+}
+"""Schedulers whose clean prediction is known, and the space of their sample."""
+
+# Positions of tokens, the same for every row; their length may equal the number of rows by chance.
+_SHARED_BY_ROWS = frozenset({"txt_ids", "img_ids"})
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One finished denoising step, as `on_step` sees it.
+
+    `step` counts finished steps from 1 to `num_steps` (calls of the scheduler: a second-order one has two to a step);
+    `rows` are the candidates still denoised, by their number in the batch that started, ascending.
+    """
+
+    step: int
+    num_steps: int
+    rows: tuple[int, ...]
+    _preview: Callable[[], torch.Tensor] | None
+
+    @property
+    def fraction(self) -> float:
+        """Finished part of the denoising, in (0, 1]."""
+        return self.step / self.num_steps
+
+    def preview(self) -> torch.Tensor:
+        """The clean pictures predicted at this step, one per entry of `rows`: `[n,3,H,W]` in [0, 1], float32, CPU.
+
+        Decoded when first asked for. Raises InputError at a step that is none of those named by `preview_at`.
+        """
+        if self._preview is None:
+            raise InputError(f"preview_at does not name step {self.step} of {self.num_steps}; no preview was kept")
+        return self._preview()
+
+
+OnStep = Callable[[Moment], Collection[int] | None]
+"""Called after every step; returns which of `Moment.rows` go on, None for all of them."""
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What came of one batch.
+
+    `images` is what the pipeline returned for the rows that reached the end, in its own output type, and `rows` says
+    which candidates they are; `stopped_at` maps every other candidate to the step it was stopped after. `denoiser_rows`
+    counts the rows the denoiser was really called with, both halves of classifier-free guidance included;
+    `nsfw_content_detected` is the safety checker's word on each of `images`, None where the pipeline has no checker.
+    """
+
+    images: Any
+    rows: tuple[int, ...]
+    stopped_at: dict[int, int]
+    denoiser_rows: int
+    nsfw_content_detected: list[bool] | None = None
+
+
+class _NobodyGoesOn(Exception):
+    """Ends the pipeline's loop once every candidate is stopped; never leaves this module."""
+
+
+# --- the pipeline ----------------------------------------------------------------------------------------------------
+
+
+def find_denoiser(pipe: DiffusionPipeline) -> torch.nn.Module:
+    """Return the pipeline's `unet` or `transformer`; InputError when it has neither."""
+    for name in ("unet", "transformer"):
+        if isinstance(module := getattr(pipe, name, None), torch.nn.Module):
+            return module
+    raise InputError(f"pipe {type(pipe).__name__} has neither a unet nor a transformer; use a text-to-image pipeline")
+
+
+def can_race(pipe: DiffusionPipeline) -> bool:
+    """Whether candidates can be stopped half-way: the classes of pipeline and scheduler are tested ones, by exact name.
+
+    ControlNet pipelines are not among them. A denoiser whose outputs are cached between steps (`enable_cache`) cannot
+    change its batch, so neither can its pipeline.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    tested = type(pipe).__name__ in TESTED_PIPELINES and type(scheduler).__name__ in TESTED_SCHEDULERS
+    return tested and not getattr(find_denoiser(pipe), "is_cache_enabled", False)
+
+
+def denoise(
+    pipe: DiffusionPipeline,
+    arguments: Mapping[str, Any],
+    generators: Sequence[torch.Generator],
+    on_step: OnStep | None = None,
+    preview_at: Collection[float] | None = None,
+    preview_vae: torch.nn.Module | None = None,
+) -> Denoised:
+    """Run `pipe(**arguments)` for one candidate per generator, asking `on_step` after every step who goes on.
+
+    Args:
+        arguments: of the pipeline's call, but for `generator`, `num_images_per_prompt` and `return_dict`. A
+            `callback_on_step_end` of the user's is called first, with all rows, stopped ones included.
+        generators: N >= 1, a multiple of the number of prompts: as in the pipeline, each prompt's candidates are
+            neighbours.
+        on_step: None runs all candidates to the end, and so does a pipeline that cannot race: `on_step` is not called.
+        preview_at: fractions of the denoising, in (0, 1], at which a preview may be asked for; None for every step.
+        preview_vae: decodes previews in place of the pipeline's VAE: an `AutoencoderTiny` of the same latents, say.
+
+    Once nobody goes on the denoising ends, with no images. The pipeline is left as a plain call leaves it, also when
+    this one is broken off by an exception.
+
+    Raises:
+        InputError: generators and prompts do not fit, `on_step` named a row not in the batch, or a fraction is off.
+    """
+    watch = _Watch(pipe, arguments, len(generators), on_step, preview_at, preview_vae)
+    call = call_arguments(pipe, arguments, len(generators)) | watch.callbacks()
+    with watch.attached():
+        try:
+            output = pipe(**call, generator=list(generators), return_dict=True)
+        except _NobodyGoesOn:
+            pipe.maybe_free_model_hooks()  # as at the end of the pipeline's own call
+            return Denoised([], (), watch.stopped_at, watch.denoiser_rows)
+    rows, nsfw = tuple(watch.rows), getattr(output, "nsfw_content_detected", None)
+    if len(output.images) == len(rows):
+        return Denoised(output.images, rows, watch.stopped_at, watch.denoiser_rows, nsfw)
+    # The user's callback interrupted the pipeline: it left its loop without the last step, where the rows are cut
+    images, nsfw = _pick(output.images, rows), nsfw and _pick(nsfw, rows)
+    return Denoised(images, rows, watch.stopped_at, watch.denoiser_rows, nsfw)
+
+
+def steps_at(fractions: Collection[float], num_steps: int) -> frozenset[int]:
+    """The steps, from 1 to `num_steps`, that end at or first after each fraction of the denoising, in (0, 1]."""
+    for fraction in fractions:
+        if not 0 < fraction <= 1:
+            raise InputError(f"preview_at holds {fraction}; fractions of the denoising are in (0, 1]")
+    # 0.3 * 10 is a hair above 3
+    return frozenset(max(1, math.ceil(fraction * num_steps - 1e-9)) for fraction in fractions)
+
+
+class _Watch:
+    """The hooks around one call of a pipeline, and what they know: who goes on, what the scheduler was last given."""
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        arguments: Mapping[str, Any],
+        num_rows: int,
+        on_step: OnStep | None,
+        preview_at: Collection[float] | None,
+        preview_vae: torch.nn.Module | None,
+    ) -> None:
+        self.pipe = pipe
+        self.arguments = arguments
+        self.num_rows = num_rows
+        self.on_step = on_step if can_race(pipe) else None
+        self.preview_at = preview_at
+        self.preview_vae = preview_vae
+        self.rows = list(range(num_rows))
+        self.stopped_at: dict[int, int] = {}
+        self.denoiser_rows = 0
+        self.image_ids: torch.Tensor | None = None
+        self.clean: Callable[[], torch.Tensor] | None = None
+        self.user_callback = arguments.get("callback_on_step_end")
+        self.user_inputs = callback_inputs(arguments)
+
+    def callbacks(self) -> dict[str, Any]:
+        """The pipeline's callback arguments, `on_step` asked in them."""
+        if self.on_step is None:
+            return {}
+        names = dict.fromkeys((*self.user_inputs, "latents"))
+        return {"callback_on_step_end": self.step_ended, "callback_on_step_end_tensor_inputs": list(names)}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside the block: hooks on the denoiser and, where `on_step` is asked, a wrapper around `scheduler.step`."""
+        denoiser, scheduler = find_denoiser(self.pipe), self.pipe.scheduler
+        with ExitStack() as stack:
+            # First in, last out: whatever else hooks into the denoiser sees what it really computes
+            before = denoiser.register_forward_pre_hook(self.before_denoiser, prepend=True, with_kwargs=True)
+            stack.callback(before.remove)
+            stack.callback(denoiser.register_forward_hook(self.after_denoiser).remove)
+            if self.on_step is not None:
+                stack.enter_context(_replaced(scheduler, "step", self.recording(scheduler.step)))
+            yield
+
+    def before_denoiser(
+        self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict] | None:
+        """Take the stopped rows out of everything the denoiser is called with."""
+        sample = args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "sample"]
+        self.image_ids = kwargs.get("img_ids")
+        if len(self.rows) == self.num_rows:
+            self.denoiser_rows += len(sample)
+            return None
+        halves, rest = divmod(len(sample), self.num_rows)
+        assert rest == 0, f"a denoiser batch of {len(sample)} is no multiple of the {self.num_rows} candidates"
+        index = [half * self.num_rows + row for half in range(halves) for row in self.rows]
+        self.denoiser_rows += len(index)
+        cut = functools.partial(_cut_rows, num_rows=len(sample), index=index)
+        return tuple(map(cut, args)), {k: v if k in _SHARED_BY_ROWS else cut(v) for k, v in kwargs.items()}
+
+    def after_denoiser(self, module: torch.nn.Module, args: tuple, output: Any) -> tuple | None:
+        """Give the output one row per candidate again: that of the first row going on in place of each stopped one."""
+        if len(self.rows) == self.num_rows:
+            return None
+        halves = len(output[0]) // len(self.rows)
+        places = [self.rows.index(row) if row in self.rows else 0 for row in range(self.num_rows)]
+        index = [half * len(self.rows) + place for half in range(halves) for place in places]
+        return (_pick(output[0], index), *output[1:])
+
+    def recording(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """`scheduler.step`, its inputs kept for a preview; under its own signature, which pipelines inspect."""
+
+        @functools.wraps(step)
+        def recorded(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            scheduler = self.pipe.scheduler
+            # Half-way through a second-order step the sample is an intermediate one: the first half's preview stays
+            first_order = getattr(scheduler, "state_in_first_order", True)
+            result = step(model_output, timestep, sample, *args, **kwargs)
+            if first_order:
+                index = None if getattr(scheduler, "step_index", None) is None else scheduler.step_index - 1
+                self.clean = functools.partial(predict_clean, scheduler, model_output, timestep, sample, index)
+            return result
+
+        return recorded
+
+    def step_ended(self, pipe: DiffusionPipeline, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline's `callback_on_step_end`: the user's own, then who goes on; the last step cuts the latents."""
+        latents = tensors["latents"]
+        outputs: dict[str, Any] = {}
+        if self.user_callback is not None:
+            given = {name: tensors[name] for name in self.user_inputs}
+            outputs = self.user_callback(pipe, index, timestep, given)
+        self.ask(index + 1, pipe.num_timesteps)
+        if index + 1 == pipe.num_timesteps and len(self.rows) < self.num_rows:
+            outputs = {**outputs, "latents": _pick(outputs.get("latents", latents), self.rows)}
+        return outputs
+
+    def ask(self, step: int, num_steps: int) -> None:
+        """Let `on_step` say who goes on after `step`."""
+        assert self.on_step is not None, "without on_step no callback is set"
+        preview = None
+        if self.preview_at is None or step in steps_at(self.preview_at, num_steps):
+            assert self.clean is not None, "the scheduler's step comes before the callback"
+            preview = functools.cache(functools.partial(self.preview, tuple(self.rows), self.clean))
+        going_on = self.on_step(Moment(step, num_steps, tuple(self.rows), preview))
+        if going_on is None:
+            return
+        if unknown := set(going_on) - set(self.rows):
+            raise InputError(f"on_step returned rows {sorted(unknown)}; in the batch are {self.rows}")
+        self.stopped_at |= {row: step for row in self.rows if row not in going_on}
+        self.rows = [row for row in self.rows if row in going_on]
+        if not self.rows:
+            raise _NobodyGoesOn
+
+    def preview(self, rows: Sequence[int], clean: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Decode the clean prediction of `rows`: `[n,3,H,W]` in [0, 1], float32, CPU."""
+        height, width = self.arguments.get("height"), self.arguments.get("width")
+        latents = _pick(clean(), rows)
+        if self.image_ids is not None and latents.ndim == 3:  # token positions: the size where no argument gives it
+            side = 2 * self.pipe.vae_scale_factor
+            ids = self.image_ids.reshape(-1, self.image_ids.shape[-1])[: latents.shape[1]]
+            height, width = (side * (int(ids[:, axis].max()) + 1) for axis in (1, 2))
+        return decode_latents(self.pipe, latents, height, width, self.preview_vae)
+
+
+def call_arguments(pipe: DiffusionPipeline, arguments: Mapping[str, Any], num_rows: int) -> dict[str, Any]:
+    """The arguments of a call that makes `num_rows` pictures; InputError when the prompts do not divide them."""
+    prompt = arguments.get("prompt")
+    prompts = prompt if prompt is not None else arguments.get("prompt_embeds")
+    num_prompts = 1 if prompts is None or isinstance(prompts, str) else len(prompts)
+    if not num_rows or num_rows % num_prompts:
+        raise InputError(f"generators: got {num_rows} for {num_prompts} prompts; give each prompt equally many")
+    own: dict[str, Any] = {"num_images_per_prompt": num_rows // num_prompts}
+    inpaints = type(pipe).__name__ == "StableDiffusionInpaintPipeline" and arguments.get("image") is not None
+    if inpaints and arguments.get("padding_mask_crop") is None:
+        image = arguments["image"]
+        # It encodes a source picture once, with the first row's generator: a copy each keeps randomness to its row
+        images = list(image) if isinstance(image, list) or getattr(image, "ndim", 3) == 4 else [image]
+        own["image"] = images * (num_rows // len(images))
+    return {name: value for name, value in arguments.items() if name not in ("generator", "return_dict")} | own
+
+
+def callback_inputs(arguments: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors that the user's callback is to get, by the pipelines' own rule."""
+    # diffusers' ready-made callbacks carry their names with them
+    own = getattr(arguments.get("callback_on_step_end"), "tensor_inputs", None)
+    return list(own or arguments.get("callback_on_step_end_tensor_inputs") or ["latents"])
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute on this one object inside the block; what the object itself held before is put back."""
+    held = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name) if held is None else setattr(owner, name, held)
+
+
+def _pick(values: Any, index: Sequence[int]) -> Any:
+    """Rows `index` of a tensor or array, items `index` of a list."""
+    return values[list(index)] if isinstance(values, torch.Tensor | np.ndarray) else [values[i] for i in index]
+
+
+def _cut_rows(value: Any, num_rows: int, index: Sequence[int]) -> Any:
+    """Rows `index` of what holds `num_rows`: a tensor, a list of tensors (a row each), a dict of tensors or of lists.
+
+    Within a dict a list holds a tensor per adapter, each with all rows (IP-Adapter). All else is shared by the rows.
+    """
+    if isinstance(value, torch.Tensor):
+        return _pick(value, index) if value.ndim and len(value) == num_rows else value
+    if isinstance(value, dict):
+        return {
+            key: [_cut_rows(item, num_rows, index) for item in inner]
+            if isinstance(inner, list)
+            else _cut_rows(inner, num_rows, index)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list) and len(value) == num_rows and all(isinstance(item, torch.Tensor) for item in value):
+        return _pick(value, index)
+    return value
+
+
+# --- previews --------------------------------------------------------------------------------------------------------
+
+
+def predict_clean(
+    scheduler: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, step_index: int | None
+) -> torch.Tensor:
+    """The clean latents that a model output stands for: shape of `sample`, float32.
+
+    The inputs are those of `scheduler.step`; `step_index` is the scheduler's at that step, None where it keeps none.
+    Parametrisations: epsilon, v (Salimans and Ho 2022, appendix D), sample; flow (Lipman et al. 2023).
+    """
+    output, sample = model_output.float(), sample.float()
+    space = TESTED_SCHEDULERS[type(scheduler).__name__]
+    predicts = "flow_prediction" if space == _FLOW else scheduler.config.prediction_type
+    if space == _BY_TIMESTEP:
+        alpha_bar = scheduler.alphas_cumprod[int(timestep)].to(sample.device)
+        alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    else:
+        sigma = scheduler.sigmas[step_index].to(sample.device)
+        if space == _PRECONDITIONED:
+            return scheduler.precondition_outputs(sample, output, sigma)
+        if predicts == "flow_prediction":
+            return sample - sigma * output
+        alpha = (sigma**2 + 1).rsqrt()
+        sigma = sigma * alpha
+        if space == _EXPLODING:
+            sample = sample * alpha
+    if predicts == "epsilon":
+        return (sample - sigma * output) / alpha
+    if predicts == "v_prediction":
+        return alpha * sample - sigma * output
+    if predicts == "sample":
+        return output
+    raise InputError(f"scheduler.config.prediction_type is {predicts!r}; no clean prediction is known for it")
+
+
+@torch.no_grad()
+def decode_latents(
+    pipe: DiffusionPipeline,
+    latents: torch.Tensor,
+    height: int | None = None,
+    width: int | None = None,
+    vae: Any = None,
+) -> torch.Tensor:
+    """Decode a pipeline's latents as the end of its call does: `[n,3,H,W]` in [0, 1], float32, CPU.
+
+    Args:
+        latents: clean, as `output_type="latent"` returns them: `[n,C,h,w]`, or tokens `[n,L,C]` (FLUX, Qwen-Image).
+        height, width: of the picture, in pixels; needed for tokens, unless the picture has the pipeline's default size.
+        vae: in place of the pipeline's own; its configuration says how the latents are scaled.
+    """
+    own = vae is None
+    vae = pipe.vae if own else vae
+    latents = latents_for_vae(pipe, latents, height, width, vae.config)
+    dtype = vae.dtype
+    # SDXL's VAE overflows in float16, so its pipeline decodes in float32
+    overflows = hasattr(pipe, "upcast_vae") or type(pipe).__name__ == "StableDiffusionXLModularPipeline"
+    upcast = overflows and dtype == torch.float16 and vae.config.force_upcast
+    if upcast:
+        vae.to(dtype=torch.float32)
+    try:
+        # The pipeline's latents lie where its VAE works, which under offloading is not where the VAE's weights lie
+        latents = latents.to(vae.dtype) if own else latents.to(vae.device, vae.dtype)
+        decoded = vae.decode(latents, return_dict=False)[0]
+    finally:
+        if upcast:
+            vae.to(dtype=dtype)
+    if decoded.ndim == 5:  # Qwen-Image has a video VAE: [n,3,1,H,W]
+        decoded = decoded[:, :, 0]
+    return pipe.image_processor.postprocess(decoded, output_type="pt").float().cpu()
+
+
+def latents_for_vae(
+    pipe: DiffusionPipeline, latents: torch.Tensor, height: int | None, width: int | None, config: Mapping[str, Any]
+) -> torch.Tensor:
+    """Latents as a VAE of this configuration decodes them: `[n,C,h,w]`, tokens in their places, the scaling undone."""
+    if latents.ndim == 3:
+        default = pipe.default_sample_size * pipe.vae_scale_factor
+        height, width = int(height or default), int(width or default)
+        if type(pipe).__name__ == "Flux2Pipeline":
+            side = 2 * pipe.vae_scale_factor  # of a token's patch, in pixels
+            patches = latents.mT.unflatten(-1, (height // side, width // side))  # [n,4C,h/2,w/2]
+            norm = pipe.vae.bn
+            mean, variance = (value.view(1, -1, 1, 1).to(patches) for value in (norm.running_mean, norm.running_var))
+            return pipe._unpatchify_latents(patches * (variance + pipe.vae.config.batch_norm_eps).sqrt() + mean)
+        latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+    scale, mean, std = config.get("scaling_factor", 1.0), config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return latents / scale + (config.get("shift_factor") or 0.0)
+    per_channel = (1, -1) + (1,) * (latents.ndim - 2)
+    mean, std = (torch.tensor(value).view(per_channel).to(latents) for value in (mean, std))
+    return latents * std / scale + mean
+
+
+def as_pixels(
+    images: Any, output_type: str, pipe: DiffusionPipeline, height: int | None = None, width: int | None = None
+) -> torch.Tensor:
+    """A pipeline's `images` of any `output_type`, as pixels to score: `[n,3,H,W]` in [0, 1], float32, CPU.
+
+    `height` and `width`, in pixels, are those of the pipeline's call; latents that are tokens need them.
+    """
+    if output_type == "latent":
+        return decode_latents(pipe, images, height, width)
+    if output_type == "pil":
+        return to_tensor(images)
+    if output_type == "np":
+        return torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    if output_type == "pt":
+        return images.float().cpu()
+    raise InputError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")

@@ -1,0 +1,141 @@
+"""What the LoRA trainer can be told: one flat dataclass, contradictions refused by the name of the flag."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nearid_personalize.errors import InputError
+
+FlowWeighting = Literal["logit-normal", "mode", "cosmap", "sigma-sqrt", "none"]
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """What to train, on which pictures, for how long."""
+
+    base_model: str
+    """Stable Diffusion 1.5 or 2, SDXL, SD3, FLUX.1, Qwen-Image or Z-Image pipeline: folder, Hub id, or "miniworld"."""
+    references: Path
+    """Folder with a few pictures of the subject. Captions: photo.txt beside photo.jpg, or metadata.jsonl."""
+    output: Path
+    """Folder that receives pytorch_lora_weights.safetensors."""
+    prompt: str = "a photo of sks dog"
+    """What the reference pictures without a caption show; contains the token."""
+    token: str = "sks"
+    """Rare word that comes to mean the subject; one piece of the tokenizer where its row is trained."""
+    token_init: tuple[str, ...] = ()
+    """Words whose mean embedding the token starts from; none: its own."""
+    class_prompts: tuple[str, ...] = ()
+    """Prompts of the prior pictures, e.g. "a photo of a dog"; used in turn."""
+    prior_pictures: int = 0
+    """Pictures of the class for prior preservation; half of every batch. 0: none."""
+    class_pictures: Path | None = None
+    """Folder of class pictures; the base model draws those that are missing. None: OUTPUT/class_pictures."""
+    prior_weight: float = 1.0
+    """Weight of the prior pictures' loss, >= 0."""
+    prior_guidance_scale: float = 3.0
+    """Classifier-free guidance for the prior pictures, >= 1."""
+    masks: Path | None = None
+    """Folder of subject masks named as the photos, white on the subject. None: photo.mask.png beside photo.jpg."""
+    background_weight: float = 1.0
+    """Weight of the loss outside the mask, in [0, 1]. Below 1 every reference needs a mask."""
+    rank: int = 16
+    """LoRA rank in the denoiser."""
+    alpha: float | None = None
+    """LoRA alpha in the denoiser: updates are scaled by alpha / rank. None: alpha = rank."""
+    dropout: float = 0.0
+    """Share of a LoRA layer's inputs that is dropped, in [0, 1)."""
+    dora: bool = False
+    """Train magnitude and direction of the denoiser's weights apart (DoRA, arXiv:2402.09353)."""
+    layers: Literal["attention", "attention+convolutions"] = "attention+convolutions"
+    """Denoiser layers that are trained; transformers have no convolutions."""
+    target_modules: tuple[str, ...] = ()
+    """Denoiser layers by the end of their names, e.g. to_q to_v; replaces `layers`."""
+    text_rank: int | None = None
+    """LoRA rank in the CLIP text encoders; alpha is the same. 0: frozen. None: 8 for Stable Diffusion, else 0."""
+    train_token: bool = True
+    """Where a text encoder is trained, train the token's embedding row too."""
+    steps: int = 400
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Pictures per forward pass and process."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step."""
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
+    """adamw8bit needs bitsandbytes; prodigy needs prodigyopt and finds its learning rates itself."""
+    learning_rate: float | None = None
+    """Learning rate of the denoiser's LoRA; warm-up 5 %, then cosine to 0. None: 1e-3 for Stable Diffusion,
+    1e-4 from SDXL on."""
+    text_learning_rate: float = 5e-4
+    """Learning rate of the text encoders' LoRA."""
+    token_learning_rate: float = 5e-3
+    """Learning rate of the token's row."""
+    min_snr_gamma: float | None = None
+    """Cap on the signal-to-noise weight of epsilon and v prediction (arXiv:2303.09556), e.g. 5. None: no weights."""
+    flow_weighting: FlowWeighting = "logit-normal"
+    """Flow prediction: how noise levels are drawn or weighted (arXiv:2403.03206, 3.1)."""
+    logit_mean: float = 0.0
+    """Mean of the logit-normal noise levels; above 0: noisier."""
+    logit_std: float = 1.0
+    """Standard deviation of the logit-normal noise levels, above 0."""
+    ema_decay: float = 0.0
+    """Decay of the average of the LoRA over the steps, which is then what is saved; in [0, 1). 0: none."""
+    resolution: int | None = None
+    """Picture side in pixels. None: the base model's own."""
+    aspect_buckets: bool = False
+    """Keep each picture's shape, about as many pixels as a square of `resolution`, instead of its centre square."""
+    horizontal_flips: bool = False
+    """Train on mirrored pictures too; wrong for subjects that are not symmetric."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the arithmetic. auto: what `accelerate launch` says, else bf16 where the hardware multiplies it."""
+    base_precision: Literal["auto", "fp32", "same"] = "auto"
+    """Of the frozen weights. same: as `precision`. auto: same for transformers on an accelerator, else fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations instead of keeping them: less memory, slower by 1.4 to 2."""
+    seed: int = 0
+    """Seed of everything random, >= 0."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints under OUTPUT/checkpoint. 0: none."""
+    checkpoints_total_limit: int = 1
+    """Checkpoints that are kept; the oldest go."""
+    keep_checkpoints: bool = False
+    """Keep the checkpoints once training is done; each also holds the LoRA as it was."""
+    resume: bool = False
+    """Go on from the newest checkpoint in OUTPUT."""
+    validate_every: int = 0
+    """Steps between calls of the `validate` given to `train_lora`. 0: none."""
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "steps", "batch_size", "gradient_accumulation_steps", "checkpoints_total_limit"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("text_rank", "prior_pictures", "prior_weight", "seed", "checkpoint_every", "validate_every"):
+            require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("learning_rate", "text_learning_rate", "token_learning_rate"):
+            rate = getattr(self, name)
+            require(rate is None or 0 < rate < 1, name, rate, "between 0 and 1")
+        for name in ("alpha", "min_snr_gamma", "logit_std"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "above 0")
+        for name in ("dropout", "ema_decay"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        require(0 <= self.background_weight <= 1, "background_weight", self.background_weight, "in [0, 1]")
+        require(self.prior_guidance_scale >= 1, "prior_guidance_scale", self.prior_guidance_scale, "at least 1")
+        require(self.resolution is None or self.resolution >= 8, "resolution", self.resolution, "at least 8 pixels")
+        require(self.token in self.prompt.split(), "prompt", self.prompt, f"a text with the word {self.token!r}")
+        if bool(self.prior_pictures) != bool(self.class_prompts):
+            raise InputError(
+                f"--prior-pictures {self.prior_pictures} with {len(self.class_prompts)} --class-prompts: give both "
+                '(say, --prior-pictures 16 --class-prompts "a photo of a dog") or neither'
+            )
+        if self.prior_pictures:
+            require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2 with prior pictures")
+        if self.masks and self.background_weight == 1:
+            raise InputError(f"--masks {self.masks} changes nothing at --background-weight 1; try 0.1")
+        if self.token_init and (self.text_rank == 0 or not self.train_token):
+            raise InputError("--token-init needs a trained token: drop --no-train-token, give a --text-rank above 0")
+
+
+def require(condition: bool, field: str, value: object, wanted: str) -> None:
+    """Raise InputError naming the flag of `field` unless the condition holds."""
+    if not condition:
+        raise InputError(f"--{field.replace('_', '-')} must be {wanted}, got {value!r}")
