@@ -232,7 +232,8 @@ def copy_similarity(images: Tensor, originals: Tensor) -> Tensor:
 
     The picture's centre against windows of the original, of any of seven sizes, shifted and mirrored: the largest
     normalised correlation of their colours (each channel less its mean). High only where the whole picture, subject,
-    pose and background, is the same up to a small crop or shift, a mirror, brightness, contrast and compression.
+    pose and background, is the same up to a small crop or shift, a mirror, brightness, contrast and compression. Two
+    cut-outs on the same plain ground come close to it, too: their common silhouette is most of what there is.
     """
     centre = F.affine_grid(torch.tensor([[[_KEPT, 0, 0], [0, _KEPT, 0]]]), [1, 3, _COMPARED, _COMPARED], False)
     grid = F.affine_grid(_window_placements(), [2 * len(_SIZES) * _STEPS**2, 3, _COMPARED, _COMPARED], False)
@@ -384,7 +385,8 @@ class AdherenceFloor:
 
     contrasts: texts that must fit worse than the prompt does, as "a photo of a dog", or the same in other places.
     references [R,D]: embedded photos of the subject; the picture must fit the prompt better than they do. Leave out
-    photos that show the prompted scene already.
+    photos that show the prompted scene already. The weaker rival of the two: a picture elsewhere may beat them by
+    chance, so ask for a lead (benchmarks/quality_floor.py measures both).
     floor: the smallest lead over the best-fitting contrast or reference that passes; with neither, the smallest cosine.
     text: stands for the prompt, where that has words the model never learnt, such as a rare token.
     """

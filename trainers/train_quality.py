@@ -22,7 +22,7 @@ from nearid_personalize.cli import choose_device, choose_dtype, load_pipeline
 from nearid_personalize.data import load_rows
 from nearid_personalize.encoder import NearIDModel, load_encoder
 from nearid_personalize.errors import InputError
-from nearid_personalize.floors import QUALITY_FILE, QualityRates, picture_tokens, save_quality
+from nearid_personalize.floors import QualityRates, picture_tokens, save_quality
 from nearid_personalize.miniworld import Split, weights_dir
 from nearid_personalize.preprocessing import Preprocessing
 from nearid_personalize.training.quality import (
@@ -133,7 +133,7 @@ def main() -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {path} ({QUALITY_FILE})")
+    print(f"wrote {path}")
     return 0
 
 
