@@ -28,7 +28,7 @@ from nearid_personalize.images import write_atomically
 from nearid_personalize.selection import FixedSchedule, PreviewProfile, RacingPolicy, StoppingPolicy, replay
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9)
-# Correlation of preview with final score at FRACTIONS; flux and sdxl are published at .2, .3 and .5 and filled in by hand.
+# Correlation of preview with final score at FRACTIONS; flux, sdxl: published at .2, .3 and .5, the rest by hand.
 CURVES = {
     "flux": (0.13, 0.27, 0.51, 0.65, 0.79, 0.82, 0.86, 0.92, 0.96, 0.99),
     "sdxl": (0.08, 0.17, 0.32, 0.41, 0.49, 0.55, 0.62, 0.74, 0.86, 0.95),
