@@ -2,10 +2,14 @@
 
 Final scores are drawn, previews made from them with the correlation curves that were measured on SDXL, FLUX.1 and the
 mini-world, and two made-up ones (identity that shows early or late). Noise is either that of a path that ends in the
-final score ("path": the newest preview says all there is) or fresh at every step. For each table family: cost, and
-loss = best-of-N's mean winner less the policy's, in percent of best-of-N's gain over a random candidate; and how much
-a schedule of the same cost loses on the same tables more than racing. Defaults were tuned on seeds 0 and 5; figures
-are from `--seed` 1000 on.
+final score ("path": the newest preview says all there is) or fresh at every step.
+
+A line per family and state of knowledge: tables, N, wanted images, profile or not, cost as a share of best-of-N's, loss
+(best-of-N's mean winner less racing's, in percent of best-of-N's gain over a random candidate), and how much more
+halving, repeated halving, random stopping and best of fewer lose at the same cost (what previews cost counts for racing
+alone). Then a line at equal compute, N/2: gain over best-of-(N/2) of halving, repeated halving, random stopping, racing
+without and with a profile, racing at the risk `--daring`, and racing under a budget. Defaults were tuned on seeds 0 to
+31; figures in docs/racing.md are from seed 1000.
 """
 
 import itertools
@@ -24,7 +28,7 @@ from nearid_personalize.images import write_atomically
 from nearid_personalize.selection import FixedSchedule, PreviewProfile, RacingPolicy, StoppingPolicy, replay
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9)
-# Correlation of preview with final score at FRACTIONS.
+# Correlation of preview with final score at FRACTIONS; flux, sdxl: published at .2, .3 and .5, the rest by hand.
 CURVES = {
     "flux": (0.13, 0.27, 0.51, 0.65, 0.79, 0.82, 0.86, 0.92, 0.96, 0.99),
     "sdxl": (0.08, 0.17, 0.32, 0.41, 0.49, 0.55, 0.62, 0.74, 0.86, 0.95),
