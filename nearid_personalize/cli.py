@@ -52,6 +52,7 @@ DONE, WRONG_INPUT, NONE_ACCEPTED = 0, 2, 3
 QUICKSTART_LORA_STEPS = 120
 RELEASED_MODEL = "Aleksandar/nearid-siglip2"
 SHEET_LIMIT = 48  # tiles of a score sheet: six rows
+ADHERENCE_LEAD = 0.1  # over the references; at 0 an eighth of pictures of another place pass (quality_floor.py)
 SCORE_CHUNK = 64  # pictures in memory at once
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
@@ -635,7 +636,7 @@ def chosen_floors(
     if options.reject_copies:
         floors.append(CopyFloor.from_references(references))
     if options.text_image_model is not None:
-        floors.append(AdherenceFloor.from_pretrained(options.text_image_model, references=references))
+        floors.append(AdherenceFloor.from_pretrained(options.text_image_model, ADHERENCE_LEAD, references=references))
     return floors
 
 

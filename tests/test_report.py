@@ -142,6 +142,7 @@ def test_the_report_says_everything_the_run_did(result: GuardResult):
         "seed": 8,
         "score": None,
         "status": "stopped",
+        "reason": "stopped at step 12",
         "stopped_at_step": 12,
         "image": None,
     }
