@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from accelerate.state import AcceleratorState
 from conftest import checkered
 from safetensors.torch import load_file, save_file
 from tiles import PREPROCESSING, Tiles, same, tiny_model, weights
+from tqdm import tqdm
 
 from nearid_personalize import InputError
 from nearid_personalize.data.cache import TokenCache, cache_in_memory
@@ -236,6 +238,7 @@ def test_old_checkpoints_go(tmp_path):
 def run_to_the_end(options, cache, held_out):
     """A whole run in a process of its own: resume, train, export."""
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # the default one is shared by forks: a sibling killed inside it would keep it
     model = tiny_model()
     export(options, model, PREPROCESSING, train_head(options, model, cache, held_out), FACTS)
 
