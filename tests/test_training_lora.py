@@ -1,6 +1,8 @@
 """The LoRA loop on tiny real pipelines: reload exactness, resume exactness, several processes, and refusals."""
 
+import contextlib
 import dataclasses
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -181,64 +183,88 @@ def test_resume_wants_the_same_references(options, photo_dir):
         train_lora(dataclasses.replace(options, resume=True))
 
 
-def command(options: LoraOptions, *more: str) -> list[str]:
-    """The trainer's arguments for `options`, token and text encoder left out of it."""
-    return [
-        str(ROOT / "trainers" / "train_lora.py"),
-        *("--base-model", options.base_model, "--references", str(options.references)),
-        *("--output", str(options.output), "--rank", "4", "--text-rank", "0", "--precision", "fp32"),
-        *more,
-    ]
+KILLS = 8
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+def train_on_one_thread(options: LoraOptions) -> None:
+    torch.set_num_threads(1)  # the pool of a forked process has no threads left
+    train_lora(options)
+
+
+def folders_being_written(output: Path) -> set[tuple[str, int]]:
+    """Unfinished checkpoints, each with the time it was last written to."""
+    found = set()
+    for path in output.glob("checkpoint/*.partial"):
+        with contextlib.suppress(FileNotFoundError):  # finished just now
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
 
 
 def test_killed_again_and_again_ends_at_the_same_weights(options, tmp_path):
     """SIGKILL while it starts, between steps, or in the middle of a checkpoint: nothing half-written is resumed."""
-    arguments = ("--steps", "12", "--batch-size", "2", "--checkpoint-every", "1", "--ema-decay", "0.9")
-    whole = dataclasses.replace(options, output=tmp_path / "whole")
-    run = [sys.executable, *command(whole, *arguments)]
-    subprocess.run(run, env=environment(), check=True, capture_output=True, timeout=300)
-    kills = 0
-    for wait in (0.0, 0.02, 0.05, 0.1):
+    options = dataclasses.replace(options, steps=KILLS + 2, checkpoint_every=1, ema_decay=0.9, batch_size=2)
+    train_lora(dataclasses.replace(options, output=tmp_path / "whole", checkpoint_every=0))
+    killed = partial = 0
+    for round in range(KILLS):
         had = checkpoints(options.output)
-        resume = ("--resume",) if had else ()
-        run = [sys.executable, *command(options, *arguments, *resume)]
-        process = subprocess.Popen(run, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and checkpoints(options.output)[-1:] == had[-1:]:
-            time.sleep(0.005)
-        time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-    assert kills >= 2
-    run = [sys.executable, *command(options, *arguments, "--resume")]
-    if not (options.output / WEIGHTS_NAME).exists():
-        subprocess.run(run, env=environment(), check=True, capture_output=True, timeout=300)
-    expected, weights = (load_file(folder / WEIGHTS_NAME) for folder in (whole.output, options.output))
+        options = dataclasses.replace(options, resume=bool(had))
+        process = multiprocessing.get_context("fork").Process(target=train_on_one_thread, args=(options,))
+        process.start()
+        if round % 2:  # inside a checkpoint
+            before = folders_being_written(options.output)
+            while process.is_alive() and folders_being_written(options.output) <= before:
+                pass
+        else:  # somewhere after one
+            while process.is_alive() and checkpoints(options.output)[-1:] == had[-1:]:
+                time.sleep(0.002)
+            time.sleep(0.02 * (round % 3))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        partial += bool(folders_being_written(options.output))
+    assert killed == KILLS and partial, f"{killed} killed, {partial} of them inside a checkpoint"
+    train_lora(dataclasses.replace(options, resume=True))
+    expected, weights = (load_file(folder / WEIGHTS_NAME) for folder in (tmp_path / "whole", options.output))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_two_processes_share_the_batches_of_one(options, tmp_path):
     """Two processes of one pass are one process of two: the same pictures, noise and mean gradient."""
-    runs = {"one": (1, "2"), "two": (2, "1")}
-    found = {}
-    for name, (processes, passes) in runs.items():
-        chosen = dataclasses.replace(options, output=tmp_path / name)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        more = ("--steps", "3", "--batch-size", "2", "--gradient-accumulation-steps", passes)
-        priors = ("--prior-pictures", "2", "--class-prompts", "a photo of a dog")
-        run = [*launcher, *command(chosen, *more, *priors)]
-        done = subprocess.run(run, env=environment(), capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        found[name] = load_file(chosen.output / WEIGHTS_NAME)
-        assert sorted(path.name for path in (chosen.output / "class_pictures").glob("*.png")) == [
-            "class-0000.png",
-            "class-0001.png",
-        ]
-    for name, tensor in found["one"].items():
-        torch.testing.assert_close(found["two"][name], tensor, rtol=1e-3, atol=1e-4)
+    options = dataclasses.replace(
+        options, batch_size=2, text_rank=0, prior_pictures=2, class_prompts=("a photo of a dog",), train_token=False
+    )
+    one = dataclasses.replace(options, output=tmp_path / "one", gradient_accumulation_steps=2)
+    expected = load_file(train_lora(one) / WEIGHTS_NAME)
+    chosen = {
+        "base_model": options.base_model,
+        "references": options.references,
+        "output": options.output,
+        "rank": options.rank,
+        "alpha": options.alpha,
+        "text_rank": 0,
+        "steps": options.steps,
+        "batch_size": 2,
+        "learning_rate": options.learning_rate,
+        "precision": "fp32",
+        "prior_pictures": 2,
+        "class_prompts": "a photo of a dog",
+    }
+    flags = [part for name, value in chosen.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "trainers" / "train_lora.py"), *flags],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    pictures = sorted(path.name for path in (options.output / "class_pictures").glob("*.png"))
+    assert pictures == ["class-0000.png", "class-0001.png"]
+    assert read_metadata(options.output) == read_metadata(one.output)
+    weights = load_file(options.output / WEIGHTS_NAME)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_frozen_text_encoder_is_encoded_once(options, monkeypatch):
