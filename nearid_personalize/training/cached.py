@@ -130,8 +130,9 @@ def draw_class_pictures(
 
     sizes: (width, height) in turn, pixels. Process number `process` of `processes` draws its share.
     """
-    missing = [(index, file) for index, file in enumerate(class_files(options)) if not file.exists()]
-    for index, file in tqdm(missing[process::processes], desc="class pictures", disable=not missing):
+    share = list(enumerate(class_files(options)))[process::processes]
+    missing = [(index, file) for index, file in share if not file.exists()]
+    for index, file in tqdm(missing, desc="class pictures", disable=not missing):
         prompt = options.class_prompts[index % len(options.class_prompts)]
         width, height = sizes[index % len(sizes)]
         output = family.pipe(

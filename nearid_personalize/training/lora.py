@@ -168,7 +168,7 @@ class LoraRun:
         family = load_family(options, autocast or HALF.get(accelerator.mixed_precision), device.type)
         trained_text(family, options)  # may refuse: better now than after the pictures
         self.options, self.accelerator, self.family = options, accelerator, family
-        self.noising = noising_of(family.pipe.scheduler.config, options)
+        self.noising = noising_of(family.pipe.scheduler, options)
         self.data, self.table = prepare_data(family, options, references, accelerator)
         self.stock_processors = getattr(family.denoiser, "attn_processors", {})
         self.adapted = adapt(family, options, device, autocast)

@@ -30,8 +30,9 @@ def adapter_arguments(name: str, model: Any) -> dict[str, Any]:
 
     The layers keep peft's names: diffusers looks at the first key alone to tell the naming scheme, and the mixed names
     that `convert_state_dict_to_diffusers` gives a UNet with convolutions make it skip the attention layers silently.
+    Dropout is not told: layers that a pipeline loads start in training mode, so it would go on dropping.
     """
-    config = model.peft_config["default"].to_dict()
+    config = {**model.peft_config["default"].to_dict(), "lora_dropout": 0.0}
     metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     layers = get_peft_model_state_dict(model)
     return {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": metadata}

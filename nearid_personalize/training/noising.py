@@ -4,7 +4,7 @@ Letters: B batch, C h w latent channels and size.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -89,14 +89,15 @@ def diffusion_noising(scheduler: DDPMScheduler, min_snr_gamma: float | None = No
     return apply
 
 
-def noising_of(scheduler_config: Mapping[str, Any], options: LoraOptions) -> Noising:
+def noising_of(scheduler: Any, options: LoraOptions) -> Noising:
     """Choose the noising the base model was trained with; InputError when its prediction type is unknown."""
-    kind = scheduler_config.get("prediction_type", "epsilon")
-    if kind == "flow_prediction" or "FlowMatch" in scheduler_config.get("_class_name", ""):
+    config = scheduler.config
+    kind = config.get("prediction_type", "epsilon")
+    if kind == "flow_prediction" or "FlowMatch" in type(scheduler).__name__:
         if options.min_snr_gamma is not None:
             raise InputError("--min-snr-gamma: this base model predicts flow; use --flow-weighting instead")
-        dynamic = scheduler_config.get("use_dynamic_shifting", False)  # depends on the picture's size: not trained
-        shift = 1.0 if dynamic else scheduler_config.get("shift", scheduler_config.get("flow_shift", 1.0))
+        dynamic = config.get("use_dynamic_shifting", False)  # depends on the picture's size: not trained
+        shift = 1.0 if dynamic else config.get("shift", config.get("flow_shift", 1.0))
         return partial(
             flow_noising,
             weighting=options.flow_weighting,
@@ -105,7 +106,7 @@ def noising_of(scheduler_config: Mapping[str, Any], options: LoraOptions) -> Noi
             shift=shift,
         )
     if kind in ("epsilon", "v_prediction"):
-        return diffusion_noising(DDPMScheduler.from_config(scheduler_config), options.min_snr_gamma)
+        return diffusion_noising(DDPMScheduler.from_config(config), options.min_snr_gamma)
     raise InputError(
         f"--base-model: its scheduler has prediction_type {kind!r}; "
         "epsilon, v_prediction and flow_prediction can be trained"
