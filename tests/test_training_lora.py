@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers import CLIPTextModel
 
 from nearid_personalize.errors import InputError
@@ -188,6 +190,7 @@ KILLS = 8
 
 def train_on_one_thread(options: LoraOptions) -> None:
     torch.set_num_threads(1)  # the pool of a forked process has no threads left
+    tqdm.set_lock(threading.RLock())  # the default one is shared by forks: one killed inside it would keep it for good
     train_lora(options)
 
 
