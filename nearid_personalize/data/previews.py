@@ -96,7 +96,7 @@ class Previews:
     """A pipeline of one of `BASES`."""
     schedule: NoiseSchedule
     """The base's."""
-    share: float = 0.3
+    share: float = 0.15
     """Share of the pictures, 0 to 1."""
     levels: tuple[float, float] = (0.1, 0.6)
     """Noise levels are drawn evenly from this range, see `NoiseSchedule.predict_clean`. What a guided sampler shows at
