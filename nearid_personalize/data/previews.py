@@ -104,7 +104,7 @@ class Previews:
     further up the label says what the picture no longer shows."""
     rest: Reconstruction | None = None
     """For the pictures that are not shown as previews; None: they stay as they are."""
-    max_batch_size: int = 16
+    max_batch_size: int = 8
     """Pictures that go through the base at once."""
 
     def __post_init__(self) -> None:
