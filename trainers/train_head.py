@@ -83,8 +83,9 @@ class Arguments:
     preview_augment: str | None = None
     """Folder or Hub id of a Stable Diffusion pipeline, or "miniworld": a share of the pictures is shown as that model
     sees them half-way, so that the head can score previews."""
-    previewed: float = 0.3
-    """That share, 0 to 1."""
+    previewed: float = 0.15
+    """That share, 0 to 1. With --variants 3 or more a picture is seldom a preview in all of them: finished pictures are
+    then told apart about as well as without previews."""
     tokens: Literal["auto", "disk", "live"] = "auto"
     """Where the trunk's tokens are: on disk, or nowhere (the trunk runs at every step). auto: on disk if they fit."""
     token_folder: Path | None = None

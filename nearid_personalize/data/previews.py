@@ -96,7 +96,7 @@ class Previews:
     """A pipeline of one of `BASES`."""
     schedule: NoiseSchedule
     """The base's."""
-    share: float = 0.3
+    share: float = 0.15
     """Share of the pictures, 0 to 1."""
     levels: tuple[float, float] = (0.1, 0.6)
     """Noise levels are drawn evenly from this range, see `NoiseSchedule.predict_clean`. What a guided sampler shows at
@@ -104,7 +104,7 @@ class Previews:
     further up the label says what the picture no longer shows."""
     rest: Reconstruction | None = None
     """For the pictures that are not shown as previews; None: they stay as they are."""
-    max_batch_size: int = 16
+    max_batch_size: int = 8
     """Pictures that go through the base at once."""
 
     def __post_init__(self) -> None:
