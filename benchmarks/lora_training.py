@@ -2,8 +2,8 @@
 
 Same machine, same process, by turns, same base model, LoRA layers, batch, size and precision, text encoder frozen. The
 plain loop does what diffusers' DreamBooth-LoRA example does in every step: it encodes the pictures and the prompts of
-the batch, noises, predicts, and steps AdamW. Its pictures are ready tensors, which flatters it. On a CPU our UNet uses the
-plain attention processor; `--attention ours` gives it to the plain loop too, so that what is left is the cache.
+the batch, noises, predicts, and steps AdamW. Its pictures are ready tensors, which flatters it. On a CPU our UNet uses
+the plain attention processor; `--attention ours` gives it to the plain loop too, so that the cache alone is compared.
 
 The default base model has random weights, which cost what trained ones cost, and the shape of Stable Diffusion 1.5 at a
 fifth of its width; `--base-model` takes "miniworld", a folder or a Hub id.
