@@ -82,6 +82,7 @@ def test_looking_at_a_run_does_not_change_it(options):
     def look(snapshot):
         torch.rand(3)
         snapshot.pipe("sks", num_inference_steps=1, output_type="latent")
+        snapshot.save(options.output / "seen")
 
     options = dataclasses.replace(options, dropout=0.5, ema_decay=0.9, prior_pictures=2, class_prompts=("a dog",))
     plain = load_file(train_lora(options) / WEIGHTS_NAME)

@@ -8,7 +8,7 @@ import pytest
 import tiny_pipelines
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nearid_personalize.denoising import decode_latents
 from nearid_personalize.errors import InputError
@@ -288,6 +288,19 @@ def test_pack_and_unpack_are_the_pipelines():
 def test_text_lora_is_refused_where_none_can_be_loaded(folders, options):
     with pytest.raises(InputError, match="--text-rank 2: ZImagePipeline takes no"):
         train_lora(dataclasses.replace(options, base_model=str(folders("z_image")), text_rank=2))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "sd_v_prediction"])
+def test_a_lora_that_would_load_no_layer_is_refused(name, folders, tmp_path):
+    pipe = load(folders(name))
+    before = draw(pipe)
+    for prefix in ("unet.nowhere.to_q", "transformer.nowhere.to_q", "nowhere.to_q", "diffusion_model.nowhere.to_q"):
+        path = tmp_path / f"{prefix}.safetensors"
+        save_file({f"{prefix}.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}, path)
+        with pytest.raises(InputError, match="LoRA") as error:
+            load_lora(pipe, path)
+        assert "\n" not in str(error.value)
+    assert torch.equal(draw(pipe), before)
 
 
 def test_unknown_pipelines_and_layers_are_refused(folders, options, tmp_path):

@@ -1,4 +1,4 @@
-"""Train a DreamBooth-LoRA on a few pictures of one subject.
+"""Train a DreamBooth-LoRA on a few pictures of one subject: Stable Diffusion, SDXL, SD3, FLUX.1, Qwen-Image or Z-Image.
 
 accelerate launch trainers/train_lora.py --base-model miniworld --references photos --prompt "a photo of sks dog" \
     --output runs/lora

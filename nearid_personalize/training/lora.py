@@ -214,15 +214,14 @@ class LoraRun:
     @contextmanager
     def as_saved(self) -> Iterator[None]:
         """Put the average of the LoRA, where one is kept, in the place of the LoRA."""
-        if self.ema is None:
-            yield
-            return
-        self.ema.store(self.trained)
-        self.ema.copy_to(self.trained)
+        kept = [parameter.detach().clone() for parameter in self.trained]
+        if self.ema:
+            self.ema.copy_to(self.trained)
         try:
             yield
         finally:
-            self.ema.restore(self.trained)
+            for parameter, value in zip(self.trained, kept):
+                parameter.data.copy_(value)
 
     @contextmanager
     def ready_to_draw(self) -> Iterator[DiffusionPipeline]:
