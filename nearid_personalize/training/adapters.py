@@ -77,19 +77,19 @@ def add_adapters(family: Family, options: LoraOptions, autocast: torch.dtype | N
         denoiser.add_adapter(config)
     except ValueError as error:
         raise InputError(f"--target-modules {layers}: {str(error).splitlines()[0]}") from error
+    cast_training_params(denoiser, torch.float32)
     for name in names:
         add_text_adapter(getattr(family.pipe, name), family.tokenizer(name), rank, options)
-    model = PromptedDenoiser(family, names, autocast)
-    cast_training_params(model, torch.float32)
     if options.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    return model
+    return PromptedDenoiser(family, names, autocast)
 
 
 def add_text_adapter(text_encoder: Any, tokenizer: Any, rank: int, options: LoraOptions) -> None:
     """Put LoRA layers into one CLIP text encoder, the token's row included when it is to be trained."""
     layers = TEXT_LAYERS + ((TOKEN_LAYER,) if options.train_token else ())
     text_encoder.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers)))
+    cast_training_params(text_encoder, torch.float32)
     if options.train_token:
         free_token_row(text_encoder, tokenizer, options.token, options.token_init)
 
