@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+import time
 import zipfile
 from pathlib import Path
 
@@ -176,3 +177,24 @@ def test_compare(page, tmp_path):
     expect(page.locator("#comparison")).to_contain_text("Different ones.")
     expect(page.locator("#comparison figure")).to_have_count(3)
     photograph(page, "6-compare")
+
+
+def test_a_closed_tab_frees_the_device(browser, server):
+    """Someone leaves in the middle of a long training: whoever waits gets the device within 5 seconds."""
+    leaving, waiting = browser.new_context().new_page(), browser.new_context().new_page()
+    for tab in (leaving, waiting):
+        tab.goto(server.url)
+        tab.locator("#pets .tile").first.click()
+        expect(tab.locator("#photos .tile")).to_have_count(4)
+    leaving.locator("#train-steps input[type=number]").fill("1000")
+    leaving.locator("#train-steps input[type=number]").press("Enter")
+    leaving.click("#train")
+    expect(leaving.locator("#train-progress")).to_contain_text("of 1000")
+    waiting.click("#train")
+    expect(waiting.locator("#train-progress")).to_contain_text("1 before you")
+    left = time.monotonic()
+    leaving.context.close()
+    expect(waiting.locator("#train-progress")).not_to_contain_text("before you")
+    assert time.monotonic() - left < 5
+    expect(waiting.locator("#train-note")).to_contain_text("Learnt")
+    waiting.context.close()

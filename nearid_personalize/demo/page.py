@@ -157,7 +157,12 @@ def training_widgets(widgets: dict[str, Any], desk: Desk) -> None:
             elem_id="base-model",
         )
         widgets["lora_steps"] = gr.Slider(
-            1, max(1000, usual), value=usual, step=1, label="Training steps (more: more alike, slower)"
+            1,
+            max(1000, usual),
+            value=usual,
+            step=1,
+            label="Training steps (more: more alike, slower)",
+            elem_id="train-steps",
         )
     widgets["train"] = gr.Button("Learn my pet", variant="primary", elem_id="train")
     widgets["cancel"] = gr.Button("Cancel", visible=False, elem_id="cancel-train")
