@@ -242,7 +242,8 @@ def crossed(agreement: np.ndarray) -> float:
 def chosen(records: list[dict], floors: bool) -> int:
     """The number of the checkpoint with the highest identity; with floors, the last one's where none passes."""
     best = best_of(records if floors else [{**record, "refused": ""} for record in records])
-    return records.index(best) - 1 if best else len(records) - 2
+    steps = [record["step"] for record in records[1:]]
+    return steps.index(best["step"]) if best else len(steps) - 1
 
 
 def arms_of(record: dict, records: list[dict], frozen: list[dict], outcome: str) -> list[float]:

@@ -268,13 +268,14 @@ class Demo:
     """Photos that a visitor may have."""
     max_upload_mb: int = 200
     """Largest file that is taken, megabytes."""
+    max_visitor_mb: int = 1000
+    """All that one visitor's photos, LoRAs and pictures may take, megabytes."""
     keep_hours: float = 2.0
     """Hours after their last use that visitors' photos, LoRAs and pictures are deleted."""
 
     def __post_init__(self) -> None:
-        for flag, value in (("port", self.port), ("steps", self.steps), ("max-upload-mb", self.max_upload_mb)):
-            _at_least(flag, value, 1)
-        _at_least("max-photos", self.max_photos, 1)
+        for flag in ("port", "steps", "max_upload_mb", "max_visitor_mb", "max_photos"):
+            _at_least(flag.replace("_", "-"), getattr(self, flag), 1)
         _at_least("lora-steps", 1 if self.lora_steps is None else self.lora_steps, 1)
         if not self.base_model:
             raise InputError("--base-model: name at least one")

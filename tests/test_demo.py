@@ -1,5 +1,6 @@
 """The page without a browser: folders, the line for the device, the studio, and the endpoints."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_uploads import BAD_LORAS, BAD_PICTURES
 
 from nearid_personalize import IdentityScorer
 from nearid_personalize.cli import Demo
+from nearid_personalize.demo.api import checked_places
 from nearid_personalize.demo.jobs import Cancelled, Device, Job
 from nearid_personalize.demo.server import credentials, serve
 from nearid_personalize.demo.studio import CARD_SCALES, Exam, Lesson, Studio
@@ -69,6 +72,17 @@ def test_photos_lose_their_metadata_and_are_limited(tmp_path):
     assert not Image.open(visitor.photos[0]).getexif()
     visitor.remove_photos([0, 7])
     assert len(visitor.photos) == 1
+
+
+def test_a_full_folder_takes_nothing_more(tmp_path, photo):
+    visitors = Visitors(tmp_path / "all", keep_seconds=60, max_photos=20, max_bytes=2 * photo.stat().st_size)
+    visitor = visitors.new()
+    refused = visitor.add_photos([photo] * 4)
+    assert 1 <= len(visitor.photos) < 4 and all("your folder is full" in sentence for sentence in refused)
+    with pytest.raises(InputError, match="your folder is full"):
+        visitor.new_folder("lora")
+    visitor.remove_photos(range(4))
+    assert visitor.add_photos([photo]) == [] and visitor.new_folder("lora").is_dir()
 
 
 def test_a_bad_photo_is_refused_by_its_own_name(tmp_path, photo):
@@ -232,15 +246,15 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-@pytest.fixture
-def client(server, tmp_path):
-    return gradio_client.Client(server.url, verbose=False, download_files=tmp_path / "downloads")
+@pytest.fixture(scope="module")
+def client(server, tmp_path_factory):
+    return gradio_client.Client(server.url, verbose=False, download_files=tmp_path_factory.mktemp("downloads"))
 
 
-@pytest.fixture
-def pet(tmp_path) -> list:
+@pytest.fixture(scope="module")
+def pet(tmp_path_factory) -> list:
     """Four photos of a validation dog, as the client sends them."""
-    paths = [tmp_path / f"photo {place}.png" for place in range(4)]
+    paths = [tmp_path_factory.mktemp("pet") / f"photo {place}.png" for place in range(4)]
     for path, photo in zip(paths, example_references(0, split="val", category="dog")[0]):
         photo.save(path)
     return [gradio_client.handle_file(path) for path in paths]
@@ -248,7 +262,8 @@ def pet(tmp_path) -> list:
 
 def test_only_the_named_endpoints_are_public_and_typed(client):
     told = client.view_api(return_format="dict")
-    assert set(told["named_endpoints"]) == {"/sample_photos", "/check_photos", "/compare", "/train", "/generate"}
+    named = {"/sample_photos", "/check_photos", "/compare", "/train", "/generate", "/report_card"}
+    assert set(told["named_endpoints"]) == named
     assert not told["unnamed_endpoints"]
     names = [parameter["parameter_name"] for parameter in told["named_endpoints"]["/generate"]["parameters"]]
     assert names[:4] == ["photos", "text", "word", "lora"]
@@ -278,6 +293,26 @@ def test_train_then_generate(client, pet):
         inside = json.loads(content.read(next(n for n in content.namelist() if n.endswith("report.json"))))
     assert {"report.json", "contact_sheet.png", "reference-0.png"} <= names
     assert {c["image"] for c in inside["candidates"] if c["image"]} <= names
+
+
+def test_train_then_report_card(client, pet):
+    _, lora = client.predict(pet, "dog", "miniworld", 0, 0, api_name="/train")
+    lora = gradio_client.handle_file(lora)
+    told, archive = client.predict(pet, lora, "dog", "miniworld", "in space\nin the snow", 4, api_name="/report_card")
+    assert told["status"] == "done" and told["verdict"]
+    with zipfile.ZipFile(archive) as content:
+        names = {Path(name).name for name in content.namelist()}
+        inside = json.loads(content.read(next(n for n in content.namelist() if n.endswith("report.json"))))
+    assert {"report.json", "report_card.html"} <= names and inside.items() <= told.items()
+
+
+@pytest.mark.parametrize("texts", ["", " \n ", "in space\n" * 9])
+def test_a_report_card_needs_some_places(client, pet, tmp_path, texts):
+    lora = gradio_client.handle_file(written(tmp_path, "any.safetensors", b"never read"))
+    assert "any.safetensors" in refusal(client, pet, lora, "dog", "miniworld", "in space", 2, api_name="/report_card")
+    assert "no LoRA" in refusal(client, pet, None, "dog", "miniworld", "in space", 2, api_name="/report_card")
+    with pytest.raises(InputError, match="texts: "):
+        checked_places(texts, "dog")
 
 
 def test_the_lora_of_one_call_is_not_in_the_next(client, pet):
@@ -344,22 +379,18 @@ def test_what_calls_left_behind_is_gone(server, client, pet):
     assert [path for path in (server.root / "visitors").rglob("*") if path.is_file()] == []
 
 
-BAD_PHOTOS = {
-    "text.png": b"hello",
-    "script.svg": b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
-    "empty.jpg": b"",
-    "pickle.png": b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00.",
-    "../up.png": b"GIF89a",
-    "<b>bold<b>.png": b"GIF89a",
-}
-
-
-@pytest.mark.parametrize("name", BAD_PHOTOS)
-def test_bad_photos_are_refused_in_a_sentence_and_the_page_goes_on(client, pet, tmp_path, name):
-    path = tmp_path / "bad" / Path(name).name
+def written(folder: Path, name: str, content: bytes) -> Path:
+    path = folder / "bad" / name
     path.parent.mkdir()
-    path.write_bytes(BAD_PHOTOS[name])
-    refusal(client, [*pet, gradio_client.handle_file(path)], api_name="/check_photos")
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name", [*BAD_PICTURES, "<b>bold<b>.png"])
+def test_bad_photos_are_refused_in_a_sentence_and_the_page_goes_on(client, pet, tmp_path, name):
+    path = written(tmp_path, name, BAD_PICTURES.get(name, b"GIF89a"))
+    told = refusal(client, [*pet, gradio_client.handle_file(path)], api_name="/check_photos")
+    assert told and "\n" not in told
     assert client.predict(pet, api_name="/check_photos")["photos"]
 
 
@@ -374,13 +405,12 @@ def test_truncated_bombs_and_large_files(client, pet, tmp_path):
         assert told in refusal(client, [gradio_client.handle_file(path)], api_name="/check_photos").lower()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80\x04.", b"PK\x03\x04../../evil", b"\xff" * 8 + b"{}"])
-def test_bad_loras_are_refused_in_a_sentence(client, pet, tmp_path, content):
-    path = tmp_path / "evil.safetensors"
-    path.write_bytes(content)
-    lora = gradio_client.handle_file(path)
+@pytest.mark.parametrize("kind", [kind for kind in BAD_LORAS if len(BAD_LORAS[kind]) < 16_000_000])
+def test_bad_loras_are_refused_in_a_sentence(client, pet, tmp_path, kind):
+    lora = gradio_client.handle_file(written(tmp_path, "evil.safetensors", BAD_LORAS[kind]))
     arguments = (pet, "in space", "dog", lora, "miniworld", 1, 1, "strict", 0, 2)
     assert "evil.safetensors" in refusal(client, *arguments, api_name="/generate")
+    assert "evil.safetensors" in refusal(client, pet, lora, "dog", "miniworld", "in space", 2, api_name="/report_card")
 
 
 @pytest.mark.parametrize(
@@ -409,6 +439,24 @@ def refusal(client, *arguments, api_name: str) -> str:
     sentence = str(caught.value)
     assert "Traceback" not in sentence and "nearid-demo-" not in sentence and "<b>" not in sentence
     return sentence
+
+
+def test_the_actions_are_tools_for_agents(server, client, pet):
+    """With the extra `mcp`: the endpoints, and nothing else, are tools; photos are told by address."""
+    mcp = pytest.importorskip("mcp")
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def ask() -> tuple[set[str], str]:
+        url = f"{server.url}gradio_api/mcp/"
+        async with streamablehttp_client(url) as (read, write, _), mcp.ClientSession(read, write) as session:
+            await session.initialize()
+            tools = (await session.list_tools()).tools
+            shown = await session.call_tool("sample_photos", {"category": "dog", "number": 1})
+            return {tool.name for tool in tools}, str(shown)
+
+    tools, answer = asyncio.run(ask())
+    assert tools == {"sample_photos", "check_photos", "compare", "train", "generate", "report_card"}
+    assert "photo-0.png" in answer
 
 
 def test_files_of_the_machine_cannot_be_read(server):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
+from test_uploads import BAD_LORAS, BAD_PICTURES
 
 from nearid_personalize.cli import Demo
 from nearid_personalize.demo.server import serve
@@ -162,10 +163,25 @@ def test_training_can_be_cancelled_and_a_bad_lora_is_refused(page, tmp_path):
     expect(page.locator("#train-note")).to_contain_text("Cancelled")
     expect(page.locator("#train")).to_be_visible()
     page.get_by_text("I have a LoRA of it already").click()
-    lora = tmp_path / "evil.safetensors"
-    lora.write_bytes(b"\x80\x04.")
-    page.set_input_files("#lora input[type=file]", lora)
-    expect(page.get_by_text("evil.safetensors:", exact=False).first).to_be_visible()
+    small = [content for content in BAD_LORAS.values() if len(content) < 4_000_000]
+    assert len(small) > 30
+    for number, content in enumerate(small):
+        lora = tmp_path / f"evil-{number}.safetensors"
+        lora.write_bytes(content)
+        page.set_input_files("#lora input[type=file]", lora)
+        expect(page.get_by_text(f"{lora.name}:", exact=False).first).to_be_visible()
+
+
+def test_thirty_bad_pictures_are_each_refused_by_name(page, tmp_path):
+    """What the browser lets through the picker: names of pictures, whatever is inside."""
+    bad = {name: content for name, content in BAD_PICTURES.items() if not name.endswith((".svg", ".eps"))}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    good = odd_files(tmp_path)[:3]
+    page.set_input_files("#drop input[type=file]", [*(tmp_path / name for name in bad), *good])
+    expect(page.locator("#photos .tile")).to_have_count(3)
+    for name in bad:
+        expect(page.locator("#photo-note")).to_contain_text(name)
 
 
 def test_compare(page, tmp_path):

@@ -316,6 +316,15 @@ def test_optimizers_that_are_not_installed_are_named(optimizer, package, options
         make_optimizer([], dataclasses.replace(options, optimizer=optimizer))
 
 
+@pytest.mark.parametrize(("optimizer", "package"), [("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")])
+def test_optional_optimizers_train(optimizer, package, options):
+    pytest.importorskip(package)
+    start = load_file(train_lora(dataclasses.replace(options, steps=1)) / WEIGHTS_NAME)
+    weights = load_file(train_lora(dataclasses.replace(options, optimizer=optimizer, steps=4)) / WEIGHTS_NAME)
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    assert any(not torch.equal(weights[name], tensor) for name, tensor in start.items())
+
+
 def test_learning_rate_warms_up_and_decays():
     factors = [lora.learning_rate_factor(step, 100) for step in range(100)]
     assert factors[0] == 0.2 and max(factors) == factors[5] == 1.0

@@ -1,6 +1,7 @@
 """Identity as validation: what is kept, when it stops, what it costs, and that a kill changes none of it."""
 
 import json
+import os
 import math
 import random
 import subprocess
@@ -404,17 +405,22 @@ def test_options_name_the_wrong_flag(change, flag):
         ValidationOptions(**change)
 
 
-def test_the_trainer_validates_in_the_mini_world(tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_trainer_validates_in_the_mini_world(processes, tmp_path):
+    """The main process draws and decides, the others wait for it."""
     references, category, _ = example_references()
     folder = tmp_path / "photos"
     folder.mkdir()
     for number, image in enumerate(references):
         image.save(folder / f"{number}.png")
-    command = [sys.executable, "trainers/train_lora.py", "--base-model", "miniworld", "--references", str(folder)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "trainers/train_lora.py"]
+    command += ["--base-model", "miniworld", "--references", str(folder)]
     command += ["--prompt", f"a photo of sks {category}", "--output", str(tmp_path / "lora"), "--steps", "4"]
     command += ["--batch-size", "1", "--validation-model", "miniworld", "--validate-every", "2"]
     command += ["--validation-steps", "2", "--validation-budget", "1", "--validation-seeds", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     records = lines_of(tmp_path / "lora")
     assert [one["step"] for one in records] == [0, 2, 4]

@@ -4,6 +4,7 @@ Each call stands alone: what it was given and made is deleted when it ends, but 
 """
 
 import functools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ from nearid_personalize.demo.desk import (
     taken_lora,
 )
 from nearid_personalize.demo.jobs import Job
-from nearid_personalize.demo.studio import FALSE_ACCEPT_RATES, Lesson, Order, Studio, whole_prompt
+from nearid_personalize.demo.studio import FALSE_ACCEPT_RATES, TOKEN, Exam, Lesson, Order, Studio, whole_prompt, zipped
 from nearid_personalize.demo.visitors import Visitor, Visitors
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import load_image, save_image
 from nearid_personalize.miniworld import CATEGORIES, example_references
 from nearid_personalize.report import finite_or_none
+from nearid_personalize.report_card import verdict
+
+MAX_PLACES = 8
+"""Prompts of one report card."""
 
 
 class Endpoints:
@@ -128,6 +133,42 @@ class Endpoints:
                     done = len(news.glimpse.candidates)
                     yield {"status": "drawing", "candidates_done": done, "step": news.glimpse.step}, None, None
 
+    def report_card(
+        self,
+        photos: list[str] | None,
+        lora: str | None,
+        word: str,
+        base_model: str,
+        texts: str,
+        steps: float,
+    ) -> Iterator[tuple[dict, str | None]]:
+        """What a LoRA of the pet of the photos is worth: figures, and a zip with the report card to look at.
+
+        texts: places to draw the pet in, one a line, such as "in space". steps: of denoising, 0 for the usual number.
+        """
+        with self._caller(photos) as visitor:
+            if not lora:
+                raise InputError("there is no LoRA: give a .safetensors file, such as that of `train`")
+            word = checked_word(word)
+            exam = Exam(
+                base_model=base_model,
+                photos=tuple(need_photos(visitor).photos),
+                lora=taken_lora(visitor, Path(lora)),
+                name=f"{TOKEN} {word}",
+                prompts=checked_places(texts, word),
+                output=visitor.new_folder("report-card"),
+                steps=within("steps", steps, 0, 100) or self.steps,
+            )
+            job = self.studio.examination(exam)
+            for news in job.news():
+                if news is None:
+                    yield waits(job), None
+                elif news.card is None:
+                    yield {"status": "drawing", "share": news.share}, None
+                else:
+                    told = json.loads((exam.output / "report.json").read_text(encoding="utf-8"))
+                    yield {"status": "done", "verdict": verdict(news.card), **told}, str(zipped(exam.output))
+
     def _caller(self, photos: list[str] | None = None) -> "_Caller":
         return _Caller(self.visitors, photos)
 
@@ -153,6 +194,14 @@ class _Caller:
 def waits(job: Job) -> dict:
     """Where a job is that has no news."""
     return {"status": "waiting", "jobs_before": job.ahead} if job.ahead else {"status": "working"}
+
+
+def checked_places(texts: str, word: str) -> tuple[str, ...]:
+    """The prompts of a report card, from lines of places; InputError for none or more than `MAX_PLACES`."""
+    places = [line for line in str(texts or "").splitlines() if line.strip()]
+    if not 0 < len(places) <= MAX_PLACES:
+        raise InputError(f"texts: {len(places)} places; give 1 to {MAX_PLACES}, one a line, such as: in space")
+    return tuple(whole_prompt(checked_prompt(place), word) for place in places)
 
 
 def within(name: str, value: float, least: int, most: int) -> int:
@@ -198,6 +247,9 @@ def add_endpoints(studio: Studio, visitors: Visitors, steps: int) -> None:
         asked += [gr.Number(4, label="num_images"), gr.Number(16, label="num_candidates")]
         asked += [gr.Dropdown(rates, value="strict", label="strictness"), seed, steps_widget]
         endpoint(calls.generate, asked, [told, files("accepted"), gr.File(label="archive")])
+        lora = gr.File(label="lora", file_types=[".safetensors"])
+        asked = [files("photos"), lora, word, base_model, gr.Textbox("in space", label="texts", lines=3), steps_widget]
+        endpoint(calls.report_card, asked, [told, gr.File(label="archive")])
 
 
 def sentence_errors(handler: Any) -> Any:

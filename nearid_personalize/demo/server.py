@@ -76,7 +76,8 @@ def serve(options: Demo, public: bool = False, block: bool = True) -> Server:
         choose_dtype("auto", device),
         options.lora_steps,
     )
-    visitors = Visitors(root / "visitors", options.keep_hours * 3600, options.max_photos)
+    room = options.max_visitor_mb * 10**6
+    visitors = Visitors(root / "visitors", options.keep_hours * 3600, options.max_photos, room)
     visitors.sweep_forever()
     page = build(studio, visitors, options.steps, options.lora)
     try:

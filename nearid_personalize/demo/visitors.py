@@ -15,17 +15,35 @@ from nearid_personalize.images import load_image, save_image
 
 @dataclass
 class Visitor:
-    """One visitor's folder. `photos` are the files of their photos in it, in the order added."""
+    """One visitor's folder. `photos` are the files of their photos in it, in the order added.
+
+    max_bytes: from which size of the folder on nothing more is added to it.
+    """
 
     folder: Path
     max_photos: int
+    max_bytes: int = 10**9
     photos: list[Path] = field(default_factory=list)
     last_seen: float = field(default_factory=time.monotonic)
     busy: int = 0
     """Jobs under way, which keep the folder whatever its age."""
 
+    @property
+    def size_bytes(self) -> int:
+        """What lies in the folder."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    def require_room(self) -> None:
+        """Raise InputError when the folder is full."""
+        if (size := self.size_bytes) >= self.max_bytes:
+            raise InputError(
+                f"your folder is full ({size / 1e6:.0f} MB, {self.max_bytes / 1e6:.0f} MB are yours): take home what "
+                "you like, delete your data, and begin anew"
+            )
+
     def new_folder(self, kind: str) -> Path:
-        """A fresh folder inside the visitor's own."""
+        """A fresh folder inside the visitor's own; InputError when that is full."""
+        self.require_room()
         folder = self.folder / f"{kind}-{secrets.token_hex(4)}"
         folder.mkdir(parents=True)
         return folder
@@ -41,6 +59,7 @@ class Visitor:
             try:
                 if len(self.photos) >= self.max_photos:
                     raise InputError(f"{source.name}: left out, there is room for {self.max_photos} photos")
+                self.require_room()
                 path = self.folder / f"photo-{secrets.token_hex(4)}.png"
                 save_image(load_image(source), path)
                 self.photos.append(path)
@@ -75,20 +94,20 @@ class Visitors:
     """All visitors of one server.
 
     root: the folder that holds theirs; made if absent. keep_seconds: how long a folder outlives its last use.
-    max_photos: that one visitor may have.
+    max_photos, max_bytes: that one visitor may have.
     """
 
-    def __init__(self, root: Path, keep_seconds: float, max_photos: int) -> None:
+    def __init__(self, root: Path, keep_seconds: float, max_photos: int, max_bytes: int = 10**9) -> None:
         if keep_seconds <= 0 or max_photos < 1:
             raise InputError(f"--keep-hours {keep_seconds / 3600:g}, --max-photos {max_photos}: both must be above 0")
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.root, self.keep_seconds, self.max_photos = root, keep_seconds, max_photos
+        self.root, self.keep_seconds, self.max_photos, self.max_bytes = root, keep_seconds, max_photos, max_bytes
         self._all: list[Visitor] = []
         self._lock = threading.Lock()
 
     def new(self) -> Visitor:
         """A visitor whose folder has a name that cannot be guessed."""
-        visitor = Visitor(self.root / secrets.token_urlsafe(18), self.max_photos)
+        visitor = Visitor(self.root / secrets.token_urlsafe(18), self.max_photos, self.max_bytes)
         with self._lock:
             self._all.append(visitor)
         return visitor

@@ -143,13 +143,13 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: LoraOptions) -> to
     """Build the optimizer; InputError when its package is not installed."""
     if options.optimizer == "adamw8bit":
         try:
-            from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, unused-ignore]
+            from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, import-untyped, unused-ignore]
         except ImportError as error:
             raise InputError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes") from error
         return AdamW8bit(groups, weight_decay=0.0)
     if options.optimizer == "prodigy":
         try:
-            from prodigyopt import Prodigy  # type: ignore[import-not-found, unused-ignore]
+            from prodigyopt import Prodigy  # type: ignore[import-not-found, import-untyped, unused-ignore]
         except ImportError as error:
             raise InputError("--optimizer prodigy needs prodigyopt: pip install prodigyopt") from error
         found = [{**group, "lr": 1.0} for group in groups]  # it scales the rate itself, by one factor for all
