@@ -1,8 +1,8 @@
 """Identity as validation: what is kept, when it stops, what it costs, and that a kill changes none of it."""
 
 import json
-import os
 import math
+import os
 import random
 import subprocess
 import sys
