@@ -184,13 +184,18 @@ class Desk:
         told = done if visit.lora else words.note("Cancelled; nothing is kept of it.", "plain")
         yield {"train": VISIBLE, "cancel": HIDDEN, "train_note": told}
 
-    def take_lora(self, visit: Visit, file: str | None) -> Shown:
-        """A LoRA was uploaded."""
-        visit.lora = self.lora
-        if file is None:
-            return {"train_note": ""}
-        visit.lora = taken_lora(visit.visitor, Path(file))
+    def take_lora(self, visit: Visit, file: str) -> Shown:
+        """A LoRA was uploaded. One that is refused leaves the box free for another, and what was used in use."""
+        try:
+            visit.lora = taken_lora(visit.visitor, Path(file))
+        except InputError as error:
+            return {"lora_file": None, "train_note": words.note(sentence(error), "bad")}
         return {"train_note": words.note(f"{escape(safe_name(Path(file).name))} will be used.", "good")}
+
+    def drop_lora(self, visit: Visit) -> Shown:
+        """The uploaded LoRA was taken out again."""
+        visit.lora = self.lora
+        return {"train_note": ""}
 
     # Pictures
 

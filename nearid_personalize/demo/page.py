@@ -97,7 +97,8 @@ def connect(desk: Desk, page: gr.Blocks, widgets: dict[str, Any]) -> None:
     on(widgets["tidy"].click, desk.remove_doubtful)
     on(widgets["forget"].click, desk.forget)
     on(widgets["train"].click, desk.train, ["base_model", "word", "lora_steps"])
-    on(widgets["lora_file"].change, desk.take_lora, ["lora_file"], "train_note")
+    on(widgets["lora_file"].upload, desk.take_lora, ["lora_file"], "train_note")
+    on(widgets["lora_file"].clear, desk.drop_lora)
     on(widgets["examine"].click, desk.examine, ["base_model", "word", "steps", "guidance"])
     for name in ("cancel", "stop", "cancel_card"):
         on(widgets[name].click, desk.cancel, queue=False)
