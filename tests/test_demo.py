@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_uploads import BAD_LORAS, BAD_PICTURES
+from test_uploads import BAD_LORAS, BAD_PICTURES, pair
 
 from nearid_personalize import IdentityScorer
 from nearid_personalize.cli import Demo
 from nearid_personalize.demo.api import checked_places
+from nearid_personalize.demo.desk import Desk
 from nearid_personalize.demo.jobs import Cancelled, Device, Job
 from nearid_personalize.demo.server import credentials, serve
 from nearid_personalize.demo.studio import CARD_SCALES, Exam, Lesson, Studio
@@ -225,6 +226,27 @@ def test_a_lora_gets_its_report_card(tmp_path):
 def last(job: Job):
     """What a job returned."""
     return [news for news in job.news() if news is not None][-1]
+
+
+def test_an_uploaded_lora_is_used_until_it_is_taken_out(tmp_path):
+    """A refused one leaves the box empty, and in use what was."""
+    scorer = IdentityScorer.from_pretrained("miniworld")
+    visitors, given = Visitors(tmp_path, 60, 5), tmp_path / "given.safetensors"
+    desk = Desk(Studio(scorer, "miniworld", ("miniworld",)), visitors, lora=given)
+    visit = desk.welcome()["visit"]
+    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
+    good.write_bytes(pair([4, 32], [32, 4]))
+    bad.write_bytes(BAD_LORAS["cut"])
+
+    told = desk.take_lora(visit, str(good))
+    assert "good.safetensors will be used" in told["train_note"] and "lora_file" not in told
+    used = visit.lora
+    assert used.read_bytes() == good.read_bytes()
+    told = desk.take_lora(visit, str(bad))
+    assert "bad.safetensors:" in told["train_note"].lower() and told["lora_file"] is None
+    assert visit.lora == used
+    assert desk.drop_lora(visit) == {"train_note": ""}
+    assert visit.lora == given
 
 
 # --- the page as a server --------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ trained here, the rare token's embedding row included, lies in one `pytorch_lora
 
 Pictures, and prompts while their text encoder is frozen, are encoded once; what is done then leaves the accelerator.
 Every random draw is a function of (seed, step, process), so an interrupted and resumed run ends at the weights of an
-uninterrupted one. What differs between model families is in `families`.
+uninterrupted one. What differs between model families is in `families`; what FSDP changes, in `sharding`.
 """
 
 import math
@@ -22,7 +22,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    broadcast_object_list,
+    set_seed,
+)
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel, offload_models
@@ -61,6 +66,7 @@ from nearid_personalize.training.lora_files import WEIGHTS_NAME, load_lora, read
 from nearid_personalize.training.lora_options import LoraOptions
 from nearid_personalize.training.noising import noising_of
 from nearid_personalize.training.reward import Enrolled, IdentityTerm, enroll_reward
+from nearid_personalize.training.sharding import average_gradients, follow, lead, requested_sharding, shard_frozen
 
 __all__ = ["WEIGHTS_NAME", "LoraOptions", "Snapshot", "load_lora", "read_metadata", "save_lora", "train_lora"]
 
@@ -158,11 +164,16 @@ def prepare_data(
     return data, {name: tensor.cpu() for name, tensor in table.items()}
 
 
-def adapt(family: Family, options: LoraOptions, device: torch.device, autocast: torch.dtype | None) -> PromptedDenoiser:
-    """Put the LoRA into the pipeline, and its UNet into the form that trains fastest."""
+def adapt(
+    family: Family, options: LoraOptions, device: torch.device, autocast: torch.dtype | None, shards: bool = False
+) -> PromptedDenoiser:
+    """Put the LoRA into the pipeline, and its UNet into the form that trains fastest.
+
+    shards: whether `fully_shard` comes next, which takes weights in no other memory format.
+    """
     if family.denoiser_name == "unet" and device.type == "cpu":
         family.pipe.unet.set_attn_processor(AttnProcessor())  # SDPA's backward pass is never faster there
-    if family.denoiser_name == "unet" and autocast:
+    if family.denoiser_name == "unet" and autocast and not shards:
         family.pipe.unet.to(memory_format=torch.channels_last)  # half-precision convolutions want channels last
     return add_adapters(family, options, autocast)
 
@@ -176,21 +187,28 @@ class LoraRun:
         accelerator: Accelerator,
         references: list[Picture],
         enrolled: Enrolled | None = None,
+        sharding: FullyShardedDataParallelPlugin | None = None,
     ) -> None:
         device, autocast = accelerator.device, choose_autocast(options.precision, accelerator)
         family = load_family(options, autocast or HALF.get(accelerator.mixed_precision), device.type)
         trained_text(family, options)  # may refuse: better now than after the pictures
-        self.options, self.accelerator, self.family = options, accelerator, family
+        self.options, self.accelerator, self.family, self.sharding = options, accelerator, family, sharding
         self.noising = noising_of(family.pipe.scheduler, options)
         self.data, self.table = prepare_data(family, options, references, accelerator)
         self.reward = IdentityTerm(options, family, self.data, *enrolled) if enrolled else None
         self.stock_processors = getattr(family.denoiser, "attn_processors", {})
-        self.adapted = adapt(family, options, device, autocast)
+        self.adapted = adapt(family, options, device, autocast, sharding is not None)
         self.trained = [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(parameter_groups(self.adapted, options), options)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate_factor, steps=options.steps))
         save_only_adapters(accelerator, self.adapted)
-        self.model, self.optimizer, self.schedule = accelerator.prepare(self.adapted, optimizer, schedule)
+        if sharding:
+            shard_frozen(family.denoiser, device, sharding)
+            self.adapted.text.to(device)
+            self.model = accelerator.prepare_model(self.adapted, device_placement=False, evaluation_mode=True)
+            self.optimizer, self.schedule = accelerator.prepare(optimizer, schedule)
+        else:
+            self.model, self.optimizer, self.schedule = accelerator.prepare(self.adapted, optimizer, schedule)
         self.adapted.drop(True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
         self.ema = EMAModel(self.trained, decay=options.ema_decay) if options.ema_decay else None
@@ -223,6 +241,8 @@ class LoraRun:
             with nullcontext() if index + 1 == step * passes else accelerator.no_sync(self.model):
                 loss = batch_loss(self.predict(batch), batch, self.options.prior_weight)
                 accelerator.backward(self.scaler.scale(loss / passes))
+        if self.sharding:
+            average_gradients(self.trained, accelerator)
         self.scaler.unscale_(self.optimizer)
         accelerator.clip_grad_norm_(self.trained, 1.0)
         self.scaler.step(self.optimizer)
@@ -269,13 +289,15 @@ class LoraRun:
                 unet.set_attn_processor(dict(self.stock_processors))  # it empties what it is given
             self.adapted.drop(False)
             stack.callback(self.adapted.drop, True)
+            if self.sharding:
+                stack.enter_context(lead(self.family.denoiser))
             yield pipe
 
     @torch.no_grad()
     def loss_on(self, pictures: list[Picture]) -> float:
         """The denoising loss of pictures, on noise and noise levels that are the same at every step.
 
-        Inside `ready_to_draw`; only the calling process takes part.
+        Inside `ready_to_draw`; called by the main process alone.
         """
         options = replace(self.options, prior_pictures=0, class_prompts=(), batch_size=len(pictures))
         data, table = prepare_data(self.family, options, pictures, self.accelerator)
@@ -332,6 +354,8 @@ def goes_on(run: LoraRun, validate: Validate, step: int, loss: float) -> bool:
             save = partial(run.write_lora, step=step)
             answer[0] = validate(Snapshot(pipe, step, loss, save, run.loss_on, **looks)) is not False
         answer[1] = guard and guard.stopped_at
+    elif run.sharding:
+        follow(run.family.denoiser, run.accelerator.device)
     going, stopped_at = broadcast_object_list(answer)
     if guard:
         guard.stopped_at = stopped_at
@@ -346,42 +370,43 @@ def train_lora(options: LoraOptions, validate: Validate | None = None, on_step: 
 
     Raises InputError for unusable references, base model, token, checkpoint or output folder.
     """
-    # Of SDXL's first text encoder, the last layer is not used
-    unused = DistributedDataParallelKwargs(find_unused_parameters=bool(options.text_rank))
-    accelerator = Accelerator(step_scheduler_with_optimizer=False, kwargs_handlers=[unused])
-    references = read_references(options)
-    same = {"references": fingerprint(references), "number of processes": accelerator.num_processes}
-    checkpoint = find_checkpoint(options, same)
-    require_writable(options.output)
-    set_seed(options.seed)
-    enrolled = enroll_reward(options, references, accelerator.device, validate)
-    run = LoraRun(options, accelerator, references, enrolled)
-    step = 0
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        step = checkpoint_step(checkpoint)
+    with requested_sharding() as sharding:
+        # Of SDXL's first text encoder, the last layer is not used
+        unused = DistributedDataParallelKwargs(find_unused_parameters=bool(options.text_rank))
+        accelerator = Accelerator(step_scheduler_with_optimizer=False, kwargs_handlers=[unused])
+        references = read_references(options)
+        same = {"references": fingerprint(references), "number of processes": accelerator.num_processes}
+        checkpoint = find_checkpoint(options, same)
+        require_writable(options.output)
+        set_seed(options.seed)
+        enrolled = enroll_reward(options, references, accelerator.device, validate)
+        run = LoraRun(options, accelerator, references, enrolled, sharding)
+        step = 0
+        if checkpoint is not None:
+            accelerator.load_state(str(checkpoint))
+            step = checkpoint_step(checkpoint)
 
-    progress = tqdm(initial=step, total=options.steps, desc="LoRA", disable=not accelerator.is_local_main_process)
-    while step < options.steps:
-        step += 1
-        loss = run.take_step(step)
-        progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        progress.update()
-        if on_step is not None and on_step(step, loss) is False:
-            break
-        # Before the checkpoint, which keeps what the validation made of the reward
-        looked_at = options.validate_every and (step % options.validate_every == 0 or step == options.steps)
-        if validate and looked_at and not goes_on(run, validate, step, loss):
-            break
-        if options.checkpoint_every and step % options.checkpoint_every == 0 and step < options.steps:
-            save_checkpoint(accelerator, options, step, same, partial(run.write_lora, step=step))
+        progress = tqdm(initial=step, total=options.steps, desc="LoRA", disable=not accelerator.is_local_main_process)
+        while step < options.steps:
+            step += 1
+            loss = run.take_step(step)
+            progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            progress.update()
+            if on_step is not None and on_step(step, loss) is False:
+                break
+            # Before the checkpoint, which keeps what the validation made of the reward
+            looked_at = options.validate_every and (step % options.validate_every == 0 or step == options.steps)
+            if validate and looked_at and not goes_on(run, validate, step, loss):
+                break
+            if options.checkpoint_every and step % options.checkpoint_every == 0 and step < options.steps:
+                save_checkpoint(accelerator, options, step, same, partial(run.write_lora, step=step))
 
-    progress.close()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        run.write_lora(options.output, step)
-        if not options.keep_checkpoints:
-            shutil.rmtree(options.output / "checkpoint", ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.free_memory()
+        progress.close()
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            run.write_lora(options.output, step)
+            if not options.keep_checkpoints:
+                shutil.rmtree(options.output / "checkpoint", ignore_errors=True)
+        accelerator.wait_for_everyone()
+        accelerator.free_memory()
     return options.output

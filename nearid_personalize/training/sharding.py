@@ -1,0 +1,97 @@
+"""Training what does not fit one accelerator: the frozen weights sharded over the processes, the LoRA in each.
+
+When `accelerate launch` is told to use FSDP, torch's `fully_shard` (FSDP2; Zhao et al. 2023, arXiv:2304.11277) splits
+the denoiser's frozen weights, which are nearly all there are, and gathers them a block at a time. The LoRA is small and
+stays whole in every process, its gradients averaged before each step. So optimizer, average, checkpoints and files are
+those of any other run; accelerate's own FSDP would shard the LoRA too, and write the base model into every checkpoint.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    broadcast_object_list,
+    patch_environment,
+    send_to_device,
+    str_to_bool,
+)
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from nearid_personalize.errors import InputError
+
+REQUESTED = "ACCELERATE_USE_FSDP"  # how `accelerate launch` hands its configuration on
+
+
+@contextmanager
+def requested_sharding() -> Iterator[FullyShardedDataParallelPlugin | None]:
+    """Lend the FSDP part of `accelerate launch`'s configuration, None without; inside, accelerate does no FSDP itself.
+
+    Raises InputError for a configuration that is not about what is sharded here.
+    """
+    if not str_to_bool(os.environ.get(REQUESTED, "false")):
+        yield None
+        return
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise InputError(f"fsdp_version {plugin.fsdp_version}: choose version 2 in `accelerate config`")
+    if plugin.activation_checkpointing:
+        raise InputError("fsdp_activation_checkpointing true: give the trainer --gradient-checkpointing instead")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise InputError("fsdp_offload_params true: the weights stay on the GPUs; give false, and more processes")
+    with patch_environment(**{REQUESTED: "false"}):
+        yield plugin
+
+
+def shard_frozen(denoiser: nn.Module, device: torch.device, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Leave each process its share of the frozen weights, on `device`; trained parameters go there whole.
+
+    Gathered together: the blocks that diffusers declares as not to be split, then the rest. Of the plugin,
+    `reshard_after_forward` is heeded.
+    """
+    trained = {parameter for parameter in denoiser.parameters() if parameter.requires_grad}
+    for parameter in trained:
+        parameter.data = parameter.data.to(device)
+    blocks = getattr(denoiser, "_no_split_modules", None) or ()
+    for module in reversed(list(denoiser.modules())):  # inner ones first
+        if module is denoiser or type(module).__name__ in blocks:
+            fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, ignored_params=trained)
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
+    """Give every process the mean of the processes' gradients, in one exchange."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    mean = accelerator.reduce(parameters_to_vector(gradients), "mean")
+    vector_to_parameters(mean, gradients)
+
+
+@contextmanager
+def lead(denoiser: nn.Module) -> Iterator[None]:
+    """In the main process: have the others `follow` each call of a sharded denoiser, which needs their shares."""
+
+    def tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        broadcast_object_list([send_to_device((args, kwargs), "cpu")])
+
+    hook = denoiser.register_forward_pre_hook(tell, prepend=True, with_kwargs=True)  # before the weights are gathered
+    try:
+        yield
+    finally:
+        hook.remove()
+        broadcast_object_list([None])
+
+
+@torch.no_grad()
+def follow(denoiser: nn.Module, device: torch.device) -> None:
+    """In every other process: make the calls that the main process makes inside `lead`, for the sake of the shares."""
+    while True:
+        told = broadcast_object_list([None])[0]
+        if told is None:
+            return
+        args, kwargs = send_to_device(told, device)
+        denoiser(*args, **kwargs)
