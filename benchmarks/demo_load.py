@@ -18,7 +18,7 @@ import psutil
 from gradio_client import Client, handle_file
 
 from nearid_personalize import IdentityScorer
-from nearid_personalize.cli import Demo
+from nearid_personalize.commands.options import Demo
 from nearid_personalize.demo.server import serve
 from nearid_personalize.miniworld import example_references
 

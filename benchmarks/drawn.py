@@ -16,7 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from nearid_personalize.cli import quickstart_lora
+from nearid_personalize.commands.quickstart import quickstart_lora
 from nearid_personalize.denoising import Moment, denoise
 from nearid_personalize.images import write_atomically
 from nearid_personalize.metrics import bootstrap_interval

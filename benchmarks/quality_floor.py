@@ -21,7 +21,6 @@ import tyro
 from drawn import Drawing, read
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from nearid_personalize.cli import load_pipeline
 from nearid_personalize.data.reconstruct import Reconstruction
 from nearid_personalize.encoder import load_encoder
 from nearid_personalize.floors import (
@@ -33,6 +32,7 @@ from nearid_personalize.floors import (
     picture_tokens,
 )
 from nearid_personalize.images import list_images, load_image, save_image
+from nearid_personalize.loading import load_pipeline
 from nearid_personalize.miniworld import CONTEXTS, Pet, Split, photos, render, sample_pet, sample_view, weights_dir
 from nearid_personalize.training.quality import (
     QualityOptions,

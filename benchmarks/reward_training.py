@@ -20,7 +20,7 @@ from diffusers import StableDiffusionPipeline
 from drawn import shots_of
 from PIL import Image
 
-from nearid_personalize.cli import quickstart_lora
+from nearid_personalize.commands.quickstart import quickstart_lora
 from nearid_personalize.floors import TextImageEncoder
 from nearid_personalize.images import write_atomically
 from nearid_personalize.metrics import bootstrap_interval

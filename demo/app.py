@@ -6,7 +6,7 @@ alone, as `nearid demo`, which has options.
 
 import os
 
-from nearid_personalize.cli import Demo
+from nearid_personalize.commands.options import Demo
 from nearid_personalize.demo.server import serve
 
 if __name__ == "__main__":

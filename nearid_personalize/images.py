@@ -6,6 +6,7 @@ Conventions: a PIL picture is 8-bit RGB; a tensor is RGB float `[N,3,H,W]` in [0
 import os
 import re
 import struct
+import tempfile
 import unicodedata
 import uuid
 import warnings
@@ -333,6 +334,20 @@ def _resize_as_is(pixels: torch.Tensor, size: int, resample: Resample) -> torch.
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def check_writable(folder: Path, flag: str = "--out") -> None:
+    """Create an output folder and try a file in it, so that no long work ends at a closed door.
+
+    Raises:
+        InputError: it cannot be created or written to; the message names the flag that it came from.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{flag} {folder}: cannot be written ({reason}); give a folder that can") from None
 
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:

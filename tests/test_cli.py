@@ -13,6 +13,9 @@ from PIL import Image
 
 from nearid_personalize import cli
 from nearid_personalize.checkpoints import save_head
+from nearid_personalize.commands.console import Stopwatch, table
+from nearid_personalize.commands.generate import read_profile
+from nearid_personalize.commands.quickstart import choose_prompt, write_references
 from nearid_personalize.encoder import load_encoder
 from nearid_personalize.errors import InputError
 from nearid_personalize.evaluation import evaluate_rows
@@ -176,11 +179,11 @@ def test_a_profile_of_previews_grows_with_every_run(generate: list, tmp_path: Pa
     assert nearid(*generate, "--preview-profile", path) == 2
     assert str(path) in capsys.readouterr().err
     assert path.read_text() == '{"freedom": [1]}'
+    assert nearid(*generate, "--preview-profile", path / "inside.json") == 2
+    assert f"--preview-profile {path}: cannot be written" in capsys.readouterr().err
 
 
 def test_the_toy_world_knows_its_previews():
-    from nearid_personalize.cli import read_profile
-
     known = read_profile(None, toy_world=True)
     assert known is not None and known.at((0.5,)).correlation()[0] > 0.8
     assert read_profile(None, toy_world=False) is None
@@ -392,26 +395,26 @@ def test_quickstart_refuses_an_unwritable_out(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_the_quickstart_prompt_speaks_of_the_true_category():
-    assert cli.choose_prompt(None, "cat", 0) == "a photo of sks cat in space"
-    assert cli.choose_prompt("a photo of sks cat in a park", "cat", 0) == "a photo of sks cat in a park"
+    assert choose_prompt(None, "cat", 0) == "a photo of sks cat in space"
+    assert choose_prompt("a photo of sks cat in a park", "cat", 0) == "a photo of sks cat in a park"
     for wrong in ("a photo of sks dog in space", "a photo of a cat", "a photo of sks unicorn"):
         with pytest.raises(InputError, match=r"--prompt .*sks cat"):
-            cli.choose_prompt(wrong, "cat", 0)
+            choose_prompt(wrong, "cat", 0)
 
 
 def test_the_quickstart_does_not_train_on_pictures_it_did_not_make(tmp_path: Path):
     folder = tmp_path / "references"
     pictures = [checkered(seed) for seed in range(4)]
-    cli._write_references(pictures, folder)
-    cli._write_references(pictures, folder)
+    write_references(pictures, folder)
+    write_references(pictures, folder)
     assert len(list(folder.iterdir())) == 4
     checkered(9).save(folder / "mine.png")
     with pytest.raises(InputError, match=r"--out .*mine\.png"):
-        cli._write_references(pictures, folder)
+        write_references(pictures, folder)
 
 
 def test_stage_times_add_up():
-    clock = cli.Stopwatch()
+    clock = Stopwatch()
     for _ in range(2):
         with clock.stage("a"):
             pass
@@ -421,7 +424,7 @@ def test_stage_times_add_up():
 
 def test_the_table_is_aligned():
     rows = [("1", "a.png", 0.9, "accepted"), ("10", "longer.png", float("nan"), "stopped")]
-    lines = cli.table(rows).splitlines()
+    lines = table(rows).splitlines()
     assert len({line.index(word) for line, word in zip(lines, ("status", "accepted", "stopped"))}) == 1
 
 

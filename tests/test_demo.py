@@ -16,7 +16,7 @@ from PIL import Image
 from test_uploads import BAD_LORAS, BAD_PICTURES, pair
 
 from nearid_personalize import IdentityScorer
-from nearid_personalize.cli import Demo
+from nearid_personalize.commands.options import Demo
 from nearid_personalize.demo.api import checked_places
 from nearid_personalize.demo.desk import Desk
 from nearid_personalize.demo.jobs import Cancelled, Device, Job

@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 from test_uploads import BAD_LORAS, BAD_PICTURES
 
-from nearid_personalize.cli import Demo
+from nearid_personalize.commands.options import Demo
 from nearid_personalize.demo.server import serve
 from nearid_personalize.miniworld import example_references
 

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from nearid_personalize import IdentityScorer, cli
+from nearid_personalize.commands.quickstart import quickstart_lora
 from nearid_personalize.errors import InputError
 from nearid_personalize.report_card import (
     Cell,
@@ -316,7 +317,7 @@ def test_the_mini_worlds_own_pipeline(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     for index, photo in enumerate(photos):
         photo.save(tmp_path / "photos" / f"{index}.png")
-    output = train_lora(cli.quickstart_lora(tmp_path / "photos", tmp_path / "lora", category, steps=2))
+    output = train_lora(quickstart_lora(tmp_path / "photos", tmp_path / "lora", category, steps=2))
     options = ["--lora", output, "--base-model", "miniworld", "--references", tmp_path / "photos", "--steps", 4]
     options += ["--model", "miniworld", "--out", tmp_path / "card", "--seeds", 1, "--scales", 1, "--device", "cpu"]
     assert nearid("report-card", *options, "--text-image-model", "miniworld", "--json") in (0, 3)

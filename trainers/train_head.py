@@ -28,6 +28,7 @@ from nearid_personalize.data.previews import Previews, load_previews
 from nearid_personalize.data.reconstruct import Reconstruction, load_reconstruction
 from nearid_personalize.encoder import NearIDModel, load_encoder
 from nearid_personalize.errors import InputError
+from nearid_personalize.images import check_writable
 from nearid_personalize.miniworld import rows as miniworld_rows
 from nearid_personalize.preprocessing import Preprocessing
 from nearid_personalize.training.head import (
@@ -38,7 +39,6 @@ from nearid_personalize.training.head import (
     accelerator_for,
     export,
     is_finished,
-    make_folder,
     train_head,
 )
 
@@ -204,7 +204,7 @@ def run(arguments: Arguments) -> HeadResult | None:
     if arguments.head.resume and is_finished(arguments.head):
         accelerator.print(f"{arguments.head.output}: finished already; without --resume it is trained anew")
         return None
-    make_folder(arguments.head.output)
+    check_writable(arguments.head.output, "--output")
     if accelerator.is_main_process:  # what an earlier run finished here no longer says that this one is
         (arguments.head.output / FINISHED).unlink(missing_ok=True)
     model.to(accelerator.device)

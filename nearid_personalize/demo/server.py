@@ -10,8 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nearid_personalize.cli import Demo, choose_device, choose_dtype
+from nearid_personalize.commands.options import Demo
 from nearid_personalize.errors import InputError
+from nearid_personalize.loading import choose_device, choose_dtype
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Ubuntu", "sans-serif"]

@@ -28,7 +28,7 @@ from nearid_personalize.data.cache import TokenCache, TokenSource
 from nearid_personalize.encoder import NearIDModel
 from nearid_personalize.errors import InputError
 from nearid_personalize.evaluation import Retrieval, evaluate_tokens, into_slots, with_interval
-from nearid_personalize.images import write_atomically
+from nearid_personalize.images import check_writable, write_atomically
 from nearid_personalize.losses import gather_rows, info_nce_loss, two_tier_loss
 from nearid_personalize.preprocessing import Preprocessing
 
@@ -151,7 +151,7 @@ def train_head(
             f"--batch-size {options.batch_size}: {accelerator.num_processes} processes cannot share "
             f"{min(options.batch_size, len(trainable))} identities evenly"
         )
-    make_folder(options.output)
+    check_writable(options.output, "--output")
     model.freeze_trunk().eval().to(accelerator.device)
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
     scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, options.warmup_steps, options.steps))
@@ -450,14 +450,6 @@ def model_card(options: HeadOptions, result: HeadResult, facts: TrainingFacts) -
 def is_finished(options: HeadOptions) -> bool:
     """Whether a run with these options has been exported to `output` already."""
     return (options.output / FINISHED).is_file()
-
-
-def make_folder(folder: Path) -> None:
-    """Make the output folder. Raises InputError when it cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {folder}: {error.strerror}; give a folder that can be written") from None
 
 
 def _generator(seed: int, number: int, purpose: str) -> torch.Generator:

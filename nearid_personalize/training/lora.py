@@ -12,7 +12,6 @@ uninterrupted one. What differs between model families is in `families`; what FS
 
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nearid_personalize.errors import InputError
+from nearid_personalize.images import check_writable
 from nearid_personalize.training.adapters import (
     PromptedDenoiser,
     add_adapters,
@@ -335,15 +335,6 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def require_writable(output: Path) -> None:
-    """Create the output folder and try a file in it; InputError when either fails."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise InputError(f"--output {output}: {error.strerror}; choose another folder") from error
-
-
 def goes_on(run: LoraRun, validate: Validate, step: int, loss: float) -> bool:
     """Let the main process validate; every process learns whether training goes on, and whether its reward does."""
     guard = run.reward.guard if run.reward else None
@@ -377,7 +368,7 @@ def train_lora(options: LoraOptions, validate: Validate | None = None, on_step: 
         references = read_references(options)
         same = {"references": fingerprint(references), "number of processes": accelerator.num_processes}
         checkpoint = find_checkpoint(options, same)
-        require_writable(options.output)
+        check_writable(options.output, "--output")
         set_seed(options.seed)
         enrolled = enroll_reward(options, references, accelerator.device, validate)
         run = LoraRun(options, accelerator, references, enrolled, sharding)

@@ -1,0 +1,132 @@
+"""`nearid generate`: candidates from a pipeline, those kept that show the subject."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from nearid_personalize.commands.console import Stopwatch, conclude, picture_paths, say
+from nearid_personalize.commands.options import Generate, Quickstart
+from nearid_personalize.errors import InputError
+from nearid_personalize.images import check_writable, load_images, write_atomically
+from nearid_personalize.loading import choose_device, choose_dtype, chosen_floors, load_pipeline
+from nearid_personalize.report import write_generation
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from nearid_personalize.guard import GuardResult
+    from nearid_personalize.scorer import IdentityScorer
+    from nearid_personalize.selection import PreviewProfile
+
+
+def run_generate(options: Generate) -> int:
+    """`nearid generate`."""
+    references = load_images(picture_paths(options.references))
+    check_writable(options.out)
+    say(
+        options.json,
+        f"plan: {options.num_candidates} candidates of {options.prompt!r} from {options.base_model}"
+        f" (LoRA: {options.lora or 'none'}), scored by {options.model} against {len(references)} references",
+    )
+    clock = Stopwatch()
+    with clock.stage("load"):
+        from nearid_personalize.scorer import IdentityScorer
+
+        device = choose_device(options.device)
+        scorer = IdentityScorer.from_pretrained(options.model, device, trunk=options.trunk)
+        pipe = load_pipeline(options.base_model, device, choose_dtype(options.dtype, device))
+        if options.lora is not None:
+            from nearid_personalize.training.lora import load_lora
+
+            load_lora(pipe, options.lora)
+    result = guarded(pipe, scorer, references, options.prompt, options)
+    lora = None if options.lora is None else str(options.lora)
+    models = {"base": options.base_model, "lora": lora, "scorer": options.model}
+    return finish_generation(result, references, models, clock, options.out, options.json)
+
+
+def guarded(
+    pipe: "DiffusionPipeline",
+    scorer: "IdentityScorer",
+    references: Sequence[Image.Image],
+    prompt: str,
+    options: Generate | Quickstart,
+) -> "GuardResult":
+    """The guard's candidates of `prompt`, as `options` have them raced and judged; updates the preview profile."""
+    from nearid_personalize.floors import COPY_LIMIT
+    from nearid_personalize.guard import IdentityGuard, preview_profile
+    from nearid_personalize.selection import DEFAULT_POLICY
+
+    subject = scorer.enroll(references, false_accept_rate=options.false_accept_rate)
+    say(options.json, subject.describe())
+    base, encoder = (options.base_model, options.model) if isinstance(options, Generate) else ("miniworld",) * 2
+    profile = read_profile(options.preview_profile, base == encoder == "miniworld")
+    guard = IdentityGuard(
+        pipe,
+        scorer,
+        subject,
+        max_batch_size=options.max_batch_size,
+        policy=DEFAULT_POLICY if options.race else None,
+        floors=chosen_floors(encoder, scorer, references, options.reject_copies, options.text_image_model),
+        profile=profile,
+        duplicate_limit=COPY_LIMIT if options.reject_copies else None,
+    )
+    guidance: dict[str, Any] = {} if options.guidance_scale is None else {"guidance_scale": options.guidance_scale}
+    result = guard(
+        prompt,
+        num_images=options.num_images,
+        num_candidates=options.num_candidates,
+        seed=options.seed,
+        budget=options.budget,
+        until_accepted=options.until_accepted,
+        num_inference_steps=options.steps,
+        **guidance,
+    )
+    if options.preview_profile is not None and (learnt := preview_profile(result.candidates)):
+        known = profile.joined(learnt) if profile else learnt
+        write_atomically(options.preview_profile, json.dumps(known.to_dict()) + "\n")
+    return result
+
+
+def read_profile(path: Path | None, toy_world: bool) -> "PreviewProfile | None":
+    """What `--preview-profile` means: what the file knows, or None where there is none yet.
+
+    toy_world: base model and encoder are the packaged ones, whose profile comes with them.
+
+    Raises InputError for a file that is no profile, or a folder that cannot be written to.
+    """
+    from nearid_personalize.selection import PreviewProfile
+
+    if path is not None:
+        check_writable(path.parent, "--preview-profile")
+    elif toy_world:
+        from nearid_personalize.miniworld import weights_dir
+
+        path = weights_dir("pipeline") / "preview_profile.json"
+    if path is None or not path.exists():
+        return None
+    try:
+        return PreviewProfile.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (InputError, ValueError, OSError, AttributeError, KeyError) as error:
+        raise InputError(f"--preview-profile {path}: not a preview profile ({error}); give another file name") from None
+
+
+def finish_generation(
+    result: "GuardResult",
+    references: Sequence[Image.Image],
+    models: dict[str, str | None],
+    clock: Stopwatch,
+    out: Path,
+    as_json: bool,
+) -> int:
+    """Write what came out, and print the table."""
+    report = write_generation(result, references, models, clock.seconds, out)
+    names = {c["seed"]: c["image"] for c in report["candidates"] if c["image"]}
+    rows = [
+        (str(rank), names.get(c.seed, f"seed {c.seed}"), c.score, c.status)
+        for rank, c in enumerate(result.ranked, start=1)
+    ]
+    return conclude(as_json, report, rows, result.threshold, out)

@@ -1,0 +1,304 @@
+"""The options of every `nearid` command, checked as they are built."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nearid_personalize.errors import InputError
+from nearid_personalize.loading import Device
+
+RELEASED_MODEL = "Aleksandar/nearid-siglip2"
+QUICKSTART_LORA_STEPS = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guarding:
+    """How candidates are raced and judged; shared by the commands that draw."""
+
+    race: bool = True
+    """Stop candidates half-way whose previews say that they will not be among the best."""
+    budget: float | None = None
+    """Compute, in candidates run to the end: what stopped ones leave of it begins new seeds. Default: it is saved."""
+    until_accepted: bool = False
+    """Begin no more candidates once num-images are accepted; the budget is then num-candidates by default."""
+    false_accept_rate: float | None = None
+    """Share of near-identical strangers that may be accepted, 0 to 1. Default: that of the encoder's calibration."""
+    reject_copies: bool = False
+    """Reject pictures that repeat a reference photo, and those that repeat a better candidate."""
+    text_image_model: str | None = None
+    """SigLIP or CLIP (Hub id or folder, or "miniworld"): reject pictures that fit the prompt no better than the
+    references do."""
+    preview_profile: Path | None = None
+    """JSON file that knows how previews foretell final scores with this base model and encoder, so that candidates are
+    stopped sooner. Read if it is there; what this run teaches is added. Default: the toy world has one of its own."""
+    max_batch_size: int = 8
+    """Candidates denoised together: memory against speed; halved by itself when memory runs out."""
+
+    def __post_init__(self) -> None:
+        _at_least("max-batch-size", self.max_batch_size, 1)
+
+
+@dataclass(frozen=True)
+class Quickstart(Guarding):
+    """The whole job on the embedded toy world: train a LoRA on four pictures of a pet, draw, keep what is that pet."""
+
+    out: Path = Path("quickstart")
+    """Folder for the references, LoRA, candidates, contact sheet and report.json."""
+    subject_index: int = 0
+    """Which pet, 0 or more; none of them was seen in training."""
+    category: str | None = None
+    """dog, cat, bear, robot or teapot. Default: the one that subject-index happens to be."""
+    prompt: str | None = None
+    """What to draw; holds "sks CATEGORY". Default: "a photo of sks CATEGORY in space"."""
+    seed: int = 0
+    """Candidate k is drawn from seed + k."""
+    num_candidates: int = 16
+    """Pictures to draw."""
+    num_images: int = 4
+    """Accepted pictures wanted."""
+    steps: int = 20
+    """Denoising steps."""
+    guidance_scale: float = 3.0
+    """Classifier-free guidance."""
+    lora_steps: int = QUICKSTART_LORA_STEPS
+    """LoRA training steps."""
+    json: bool = False
+    """Print report.json to stdout, and nothing else."""
+
+    def __post_init__(self) -> None:
+        _at_least("subject-index", self.subject_index, 0)
+        super().__post_init__()
+        _check_generation(self.seed, self.num_images, self.num_candidates, self.steps)
+        _at_least("lora-steps", self.lora_steps, 1)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score pictures against photos of a subject, most alike first."""
+
+    references: Path
+    """Folder with photos of the subject."""
+    images: Path
+    """Folder with the pictures to score, or one picture."""
+    model: str = RELEASED_MODEL
+    """NearID encoder: Hub id, folder, or "miniworld" (for the toy world only)."""
+    trunk: str | None = None
+    """Trunk of a head that was saved alone, when it is not where it was: Hub id or folder."""
+    false_accept_rate: float | None = None
+    """Share of near-identical strangers that may be accepted, 0 to 1. Default: that of the encoder's calibration."""
+    device: Device = "auto"
+    """Where the encoder runs."""
+    out: Path | None = None
+    """Folder for report.json and contact_sheet.png. Default: nothing is written."""
+    json: bool = False
+    """Print the report to stdout as JSON, and nothing else."""
+
+
+@dataclass(frozen=True)
+class Generate(Guarding):
+    """Draw candidates with a diffusers pipeline, keep those that show the subject."""
+
+    base_model: str
+    """Text-to-image pipeline: folder, Hub id, or "miniworld"."""
+    references: Path
+    """Folder with photos of the subject."""
+    prompt: str
+    """What to draw."""
+    out: Path
+    """Folder for the candidates, contact sheet and report.json."""
+    lora: Path | None = None
+    """LoRA of the subject: a .safetensors file or its folder."""
+    model: str = RELEASED_MODEL
+    """NearID encoder: Hub id, folder, or "miniworld" (for the toy world only)."""
+    trunk: str | None = None
+    """Trunk of a head that was saved alone, when it is not where it was: Hub id or folder."""
+    num_images: int = 4
+    """Accepted pictures wanted."""
+    num_candidates: int = 16
+    """Pictures to draw."""
+    seed: int = 0
+    """Candidate k is drawn from seed + k."""
+    steps: int = 30
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance. Default: the pipeline's own."""
+    device: Device = "auto"
+    """Where pipeline and encoder run."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Pipeline weights. auto: float32 on the CPU, else bfloat16."""
+    json: bool = False
+    """Print report.json to stdout, and nothing else."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_generation(self.seed, self.num_images, self.num_candidates, self.steps)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure an encoder on identities and their near-identity distractors: SSR, PA, M-O, with 95 % intervals."""
+
+    data: str
+    """Identities: a Hub id (Aleksandar/NearID), parquet, a folder of subjects' folders, or "miniworld"."""
+    model: str = RELEASED_MODEL
+    """NearID encoder: Hub id, folder, or "miniworld" (for the toy world only)."""
+    trunk: str | None = None
+    """The encoder's frozen trunk, measured beside it: Hub id or folder. Default: of --model miniworld its own."""
+    distractors: tuple[str, ...] = ()
+    """Further sets of distractors for the identities: Aleksandar/NearID-Flux, …; each source is measured by itself."""
+    split: Literal["train", "val", "test", "all"] = "test"
+    """Which of the data's splits; all: the whole of data that has none."""
+    limit: int = 0
+    """Measure the first so many identities only; 0: all (of the toy world: 500)."""
+    num_views: int = 3
+    """Views of each identity that are compared, at most."""
+    out: Path | None = None
+    """Folder for report.json. Default: nothing is written."""
+    device: Device = "auto"
+    """Where the encoder runs."""
+    json: bool = False
+    """Print the report to stdout as JSON, and nothing else."""
+
+    def __post_init__(self) -> None:
+        _at_least("limit", self.limit, 0)
+        _at_least("num-views", self.num_views, 2)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Write winner/loser pairs for DPO-like trainers from what `nearid generate` left."""
+
+    runs: tuple[Path, ...]
+    """Folders written by nearid generate, or folders of such folders."""
+    out: Path
+    """Folder for the pictures, metadata.jsonl and, where `datasets` is installed, pairs.parquet."""
+    min_margin: float = 0.05
+    """Smallest difference of the two identity scores, above 0."""
+    max_pairs: int = 0
+    """Pairs of each run, the clearest first; 0: all."""
+    any_status: bool = False
+    """Pair all finished pictures by score, not only accepted with rejected ones."""
+    seed: int = 0
+    """Of the order of winner and loser in pairs.parquet."""
+    json: bool = False
+    """Print what was written to stdout as JSON, and nothing else."""
+
+    def __post_init__(self) -> None:
+        _at_least("max-pairs", self.max_pairs, 0)
+        if not self.min_margin > 0:
+            raise InputError(f"--min-margin {self.min_margin}: must be above 0; smaller differences are noise")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Open the page "My dog in space" in a browser: photos in, pictures of the subject out."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Any but this machine's own needs --auth."""
+    port: int = 7860
+    """Port to listen on."""
+    base_model: tuple[str, ...] = ("miniworld",)
+    """Text-to-image pipelines to choose from: folders, Hub ids, or "miniworld"."""
+    model: str | None = None
+    """NearID encoder: Hub id or folder. Default: the toy world's for its base model, else the released one."""
+    trunk: str | None = None
+    """Trunk of a head that was saved alone, when it is not where it was: Hub id or folder."""
+    lora: Path | None = None
+    """LoRA that a visit starts with: a .safetensors file or its folder."""
+    lora_steps: int | None = None
+    """LoRA training steps that the page proposes. Default: the base model's usual."""
+    steps: int = 20
+    """Denoising steps that the page proposes."""
+    device: Device = "auto"
+    """Where everything runs."""
+    auth: str | None = None
+    """user:password that visitors must give; better in the environment, as NEARID_DEMO_AUTH."""
+    max_photos: int = 20
+    """Photos that a visitor may have."""
+    max_upload_mb: int = 200
+    """Largest file that is taken, megabytes."""
+    max_visitor_mb: int = 1000
+    """All that one visitor's photos, LoRAs and pictures may take, megabytes."""
+    keep_hours: float = 2.0
+    """Hours after their last use that visitors' photos, LoRAs and pictures are deleted."""
+
+    def __post_init__(self) -> None:
+        for flag in ("port", "steps", "max_upload_mb", "max_visitor_mb", "max_photos"):
+            _at_least(flag.replace("_", "-"), getattr(self, flag), 1)
+        _at_least("lora-steps", 1 if self.lora_steps is None else self.lora_steps, 1)
+        if not self.base_model:
+            raise InputError("--base-model: name at least one")
+        if self.keep_hours <= 0:
+            raise InputError(f"--keep-hours {self.keep_hours:g}: must be above 0")
+
+    @property
+    def encoder(self) -> str:
+        """The encoder's name."""
+        return self.model or ("miniworld" if self.base_model[0] == "miniworld" else RELEASED_MODEL)
+
+
+@dataclass(frozen=True)
+class ReportCard:
+    """Draw a finished LoRA at several scales: how often it is the subject, at which scale and checkpoint most often."""
+
+    lora: tuple[Path, ...]
+    """LoRA files, or folders of checkpoints; from any trainer whose files diffusers reads."""
+    base_model: str
+    """Text-to-image pipeline: folder, Hub id, or "miniworld"."""
+    references: Path
+    """Folder with photos of the subject."""
+    out: Path = Path("report-card")
+    """Folder for report_card.html, contact_sheet.png and report.json."""
+    model: str = RELEASED_MODEL
+    """NearID encoder: Hub id, folder, or "miniworld" (for the toy world only)."""
+    trunk: str | None = None
+    """Trunk of a head that was saved alone, when it is not where it was: Hub id or folder."""
+    subject: str | None = None
+    """What the LoRA calls the subject, its rare word first: "sks dog". Default: what the LoRA file says."""
+    prompts: tuple[str, ...] = ()
+    """What to draw. Default: eight prompts for a living subject, or for a thing."""
+    living: bool = True
+    """The subject is an animal or a person; decides which default prompts."""
+    scales: tuple[float, ...] = (0.6, 0.8, 1.0, 1.2)
+    """LoRA scales to draw at, above 0."""
+    seeds: int = 4
+    """Pictures for each prompt, from seeds 0, 1, ..."""
+    steps: int = 30
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance. Default: the pipeline's own."""
+    false_accept_rate: float | None = None
+    """Share of near-identical strangers that may be accepted, 0 to 1. Default: that of the encoder's calibration."""
+    text_image_model: str | None = None
+    """SigLIP or CLIP (Hub id or folder, or "miniworld"): reject pictures that fit the prompt no better than the
+    references do."""
+    max_batch_size: int = 8
+    """Pictures denoised together: memory against speed; halved by itself when memory runs out."""
+    device: Device = "auto"
+    """Where pipeline and encoder run."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Pipeline weights. auto: float32 on the CPU, else bfloat16."""
+    json: bool = False
+    """Print report.json to stdout, and nothing else."""
+
+    def __post_init__(self) -> None:
+        for flag, value in (("seeds", self.seeds), ("steps", self.steps), ("max-batch-size", self.max_batch_size)):
+            _at_least(flag, value, 1)
+        for scale in self.scales:
+            if not 0 < scale <= 10:
+                raise InputError(f"--scales {scale}: must be above 0, at most 10")
+        if len(set(self.scales)) < max(len(self.scales), 1) or not self.lora:
+            raise InputError(f"--scales {self.scales}, --lora {self.lora}: give at least one of each, none twice")
+
+
+def _at_least(flag: str, value: int, least: int) -> None:
+    if value < least:
+        raise InputError(f"--{flag} {value}: must be {least} or more")
+
+
+def _check_generation(seed: int, num_images: int, num_candidates: int, steps: int) -> None:
+    _at_least("seed", seed, 0)
+    _at_least("num-images", num_images, 1)
+    _at_least("steps", steps, 1)
+    if num_candidates < num_images:
+        raise InputError(f"--num-candidates {num_candidates}: must be --num-images ({num_images}) or more")

@@ -1,0 +1,84 @@
+"""`nearid report-card`: what a finished LoRA is worth, by prompt, scale and checkpoint."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from nearid_personalize.commands.console import DONE, NONE_ACCEPTED, Stopwatch, picture_paths, say
+from nearid_personalize.commands.options import ReportCard
+from nearid_personalize.errors import InputError
+from nearid_personalize.images import check_writable, load_images
+from nearid_personalize.loading import choose_device, choose_dtype, chosen_floors, load_pipeline
+from nearid_personalize.report import to_json
+
+if TYPE_CHECKING:
+    from nearid_personalize.report_card import Jury
+
+
+def run_report_card(options: ReportCard) -> int:
+    """`nearid report-card`."""
+    from nearid_personalize.report_card import find_loras, report_card, write_card
+
+    loras = find_loras(options.lora)
+    subject_name, token, prompts = _card_prompts(options, list(loras.values()))
+    references = load_images(picture_paths(options.references))
+    check_writable(options.out)
+    count = (1 + len(loras) * len(options.scales)) * len(prompts) * options.seeds
+    say(
+        options.json,
+        f"plan: {count} pictures of {subject_name!r}: {len(prompts)} prompts from {options.seeds} seeds each, of"
+        f" {len(loras)} LoRAs at {len(options.scales)} scales and of none, scored by {options.model}",
+    )
+    clock = Stopwatch()
+    with clock.stage("load"):
+        device = choose_device(options.device)
+        jury = _card_jury(options, references, token, device)
+        pipe = load_pipeline(options.base_model, device, choose_dtype(options.dtype, device))
+        pipe.set_progress_bar_config(disable=True)
+    say(options.json, jury.subject.describe())
+    arguments: dict = {"num_inference_steps": options.steps}
+    if options.guidance_scale is not None:
+        arguments["guidance_scale"] = options.guidance_scale
+    with clock.stage("draw"):
+        card = report_card(
+            pipe, loras, jury, subject_name, options.scales, prompts, options.seeds, options.max_batch_size, **arguments
+        )
+    models = {"base": options.base_model, "lora": {k: str(v) for k, v in loras.items()}, "scorer": options.model}
+    report = write_card(card, options.out, models, clock.seconds)
+    if options.json:
+        sys.stdout.write(to_json(report))
+    else:
+        print(f"{card.summary()}\nlook at {options.out / 'report_card.html'}")
+    return DONE if card.best.num_accepted else NONE_ACCEPTED
+
+
+def _card_prompts(options: ReportCard, loras: Sequence[Path]) -> tuple[str, str, tuple[str, ...]]:
+    """The subject's name, its rare token, and the prompts to draw; InputError when nothing says what it is called."""
+    from nearid_personalize.report_card import subject_of
+    from nearid_personalize.samples import default_prompts
+    from nearid_personalize.training.lora_check import check_lora_file
+
+    told = subject_of([check_lora_file(file) for file in loras])
+    if options.subject:
+        told = (options.subject, options.subject.split()[0])
+    if told is None and not options.prompts:
+        raise InputError(f'--lora {loras[0]}: does not say what it calls the subject; give --subject "sks dog"')
+    name, token = told or (loras[0].stem, "")
+    return name, token, options.prompts or default_prompts(name, options.living)
+
+
+def _card_jury(options: ReportCard, references: Sequence[Image.Image], token: str, device: str) -> "Jury":
+    from nearid_personalize.floors import TextImageEncoder
+    from nearid_personalize.report_card import Jury
+    from nearid_personalize.scorer import IdentityScorer
+
+    scorer = IdentityScorer.from_pretrained(options.model, device, trunk=options.trunk)
+    subject = scorer.enroll(references, false_accept_rate=options.false_accept_rate)
+    floors = chosen_floors(options.model, scorer, references, True, options.text_image_model)
+    text_image = (
+        TextImageEncoder.from_pretrained(options.text_image_model, device) if options.text_image_model else None
+    )
+    return Jury(scorer, subject, references, floors, text_image, token)

@@ -1,0 +1,107 @@
+"""What a run begins with: a device, a precision, a pipeline from a folder or the Hub, and floors beside identity."""
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+from PIL import Image
+
+from nearid_personalize.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from nearid_personalize.floors import Floor
+    from nearid_personalize.scorer import IdentityScorer
+
+ADHERENCE_LEAD = 0.1  # over the references; at 0 an eighth of pictures of another place pass (quality_floor.py)
+
+Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
+
+
+def choose_device(wanted: Device) -> str:
+    """The device to run on; "auto" is CUDA where there is one, else the CPU."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[wanted]:
+        raise InputError(f"--device {wanted}: not available on this machine; use --device auto or cpu")
+    return wanted
+
+
+def choose_dtype(wanted: str, device: str) -> torch.dtype:
+    """The precision of the pipeline's weights; "auto" is float32 on the CPU, else bfloat16."""
+    if wanted == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
+
+
+def load_pipeline(base_model: str, device: str, dtype: torch.dtype) -> "DiffusionPipeline":
+    """A text-to-image pipeline from a folder, the Hub, or the package ("miniworld"); safetensors only.
+
+    Raises:
+        InputError: the folder is no pipeline or lacks weights, a file is damaged, or the Hub cannot give it.
+    """
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+    from safetensors import SafetensorError
+
+    if os.environ.get("DIFFUSERS_VERBOSITY") == "error":
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    if base_model == "miniworld":
+        from nearid_personalize.miniworld import weights_dir
+
+        source = str(weights_dir("pipeline"))
+    else:
+        source = base_model
+    if Path(source).exists():
+        _check_pipeline_folder(base_model, Path(source))
+    try:
+        return DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True).to(device)
+    except SafetensorError as error:
+        raise InputError(f"--base-model {base_model}: damaged weights ({error}); download the model again") from None
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--base-model {base_model}: {reason}; give a pipeline's folder or a Hub id") from None
+
+
+def _check_pipeline_folder(flag_value: str, folder: Path) -> None:
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"--base-model {flag_value}: has no model_index.json; give the folder of a diffusers pipeline")
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(f"--base-model {flag_value}: model_index.json is damaged; download the model again") from None
+    for part in (folder / name for name in index):
+        # Only models keep a config.json; schedulers and tokenizers name theirs otherwise and have no weights.
+        if (part / "config.json").is_file() and not any(part.glob("*.safetensors")):
+            raise InputError(
+                f"--base-model {flag_value}: {part.name}/ has no .safetensors weights; download the whole model"
+            )
+
+
+def chosen_floors(
+    model: str,
+    scorer: "IdentityScorer",
+    references: Sequence[Image.Image],
+    reject_copies: bool = False,
+    text_image_model: str | None = None,
+) -> "list[Floor]":
+    """What else a picture must pass: the quality floor of an encoder that has one, and what is asked for."""
+    from nearid_personalize.floors import AdherenceFloor, CopyFloor, find_quality_floor
+
+    floors: list[Floor] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is none is no news on every run
+        if quality := find_quality_floor(model, scorer):
+            floors.append(quality)
+    if reject_copies:
+        floors.append(CopyFloor.from_references(references))
+    if text_image_model is not None:
+        floors.append(AdherenceFloor.from_pretrained(text_image_model, ADHERENCE_LEAD, references=references))
+    return floors
