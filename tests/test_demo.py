@@ -240,13 +240,13 @@ def test_an_uploaded_lora_is_used_until_it_is_taken_out(tmp_path):
 
     told = desk.take_lora(visit, str(good))
     assert "good.safetensors will be used" in told["train_note"] and "lora_file" not in told
-    used = visit.lora
+    used = visit.uploaded
     assert used.read_bytes() == good.read_bytes()
     told = desk.take_lora(visit, str(bad))
     assert "bad.safetensors:" in told["train_note"].lower() and told["lora_file"] is None
-    assert visit.lora == used
+    assert visit.uploaded == used
     assert desk.drop_lora(visit) == {"train_note": ""}
-    assert visit.lora == given
+    assert (visit.uploaded, visit.lora) == (None, given)
 
 
 # --- the page as a server --------------------------------------------------------------------------------------------

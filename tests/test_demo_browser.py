@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
-from test_uploads import BAD_LORAS, BAD_PICTURES
+from test_uploads import BAD_LORAS, BAD_PICTURES, pair
 
 from nearid_personalize.commands.options import Demo
 from nearid_personalize.demo.server import serve
@@ -164,6 +164,12 @@ def test_training_can_be_cancelled_and_a_bad_lora_is_refused(page, tmp_path):
     expect(page.locator("#train-note")).to_contain_text("Cancelled")
     expect(page.locator("#train")).to_be_visible()
     page.get_by_text("I have a LoRA of it already").click()
+    mine = tmp_path / "mine.safetensors"
+    mine.write_bytes(pair([4, 32], [32, 4]))
+    page.set_input_files("#lora input[type=file]", mine)
+    expect(page.locator("#train-note")).to_contain_text("mine.safetensors will be used")
+    page.locator("#lora").get_by_label("Clear").click()
+    expect(page.locator("#train-note")).not_to_contain_text("mine.safetensors")
     small = [content for content in BAD_LORAS.values() if len(content) < 4_000_000]
     assert len(small) > 30
     for number, content in enumerate(small):

@@ -4,6 +4,7 @@ accelerate launch trainers/train_lora.py --base-model miniworld --references pho
     --output runs/lora --validate-every 50 --patience 3
 """
 
+import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated
@@ -69,7 +70,8 @@ def main() -> int:
     """Parse, show the plan, train; 2 on wrong input."""
     try:
         arguments = completed(tyro.cli(Arguments, description=__doc__))
-        print_plan(arguments)
+        if os.environ.get("RANK", "0") == "0":  # one of several processes tells it
+            print_plan(arguments)
         run(arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

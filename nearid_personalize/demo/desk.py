@@ -44,12 +44,17 @@ HIDDEN, VISIBLE = {"visible": False}, {"visible": True}
 
 @dataclass
 class Visit:
-    """What one open page has come to. shown: the accepted and the other candidates, in the order of their tiles."""
+    """What one open page has come to.
+
+    lora: learnt here, or given to all. uploaded: goes before it. shown: the accepted and the other candidates, in the
+    order of their tiles.
+    """
 
     visitor: Visitor
     check: PhotoCheck | None = None
     selected: int | None = None
     lora: Path | None = None
+    uploaded: Path | None = None
     outcome: Outcome | None = None
     job: Job | None = None
     shown: tuple[tuple[Candidate, ...], tuple[Candidate, ...]] = ((), ())
@@ -161,9 +166,16 @@ class Desk:
         """Train a LoRA."""
         visitor = need_photos(visit.visitor)
         lesson = Lesson(base_model, photo_folder(visitor), checked_word(word), visitor.new_folder("lora"), int(steps))
-        visit.lora = None
+        visit.lora = visit.uploaded = None
         job = visit.job = self.studio.training(lesson)
-        yield {"train": HIDDEN, "cancel": VISIBLE, "train_note": "", "samples": "", "progress": words.bar(0, "…")}
+        yield {
+            "train": HIDDEN,
+            "cancel": VISIBLE,
+            "lora_file": None,
+            "train_note": "",
+            "samples": "",
+            "progress": words.bar(0, "…"),
+        }
         looks = 0
         try:
             with visitor.at_work():
@@ -187,14 +199,14 @@ class Desk:
     def take_lora(self, visit: Visit, file: str) -> Shown:
         """A LoRA was uploaded. One that is refused leaves the box free for another, and what was used in use."""
         try:
-            visit.lora = taken_lora(visit.visitor, Path(file))
+            visit.uploaded = taken_lora(visit.visitor, Path(file))
         except InputError as error:
             return {"lora_file": None, "train_note": words.note(sentence(error), "bad")}
         return {"train_note": words.note(f"{escape(safe_name(Path(file).name))} will be used.", "good")}
 
     def drop_lora(self, visit: Visit) -> Shown:
-        """The uploaded LoRA was taken out again."""
-        visit.lora = self.lora
+        """The uploaded LoRA was taken out again: the one it went before is used."""
+        visit.uploaded = None
         return {"train_note": ""}
 
     # Pictures
@@ -222,7 +234,7 @@ class Desk:
             photos=tuple(visitor.photos),
             prompt=whole_prompt(checked_prompt(text), checked_word(word)),
             output=visitor.new_folder("my-pet"),
-            lora=visit.lora,
+            lora=visit.uploaded or visit.lora,
             num_images=int(num_images),
             num_candidates=max(int(num_candidates), int(num_images)),
             strictness=strictness,
@@ -313,12 +325,13 @@ class Desk:
         from nearid_personalize.training.lora_files import find_lora_file
 
         visitor = need_photos(visit.visitor)
-        if visit.lora is None:
+        lora = visit.uploaded or visit.lora
+        if lora is None:
             raise InputError("there is no LoRA yet: let a model learn your pet, or bring a LoRA, on the first tab")
         exam = Exam(
             base_model=base_model,
             photos=tuple(visitor.photos),
-            lora=find_lora_file(visit.lora),
+            lora=find_lora_file(lora),
             name=f"{TOKEN} {checked_word(word)}",
             prompts=tuple(whole_prompt(text, checked_word(word)) for text in self.card_places),
             output=visitor.new_folder("report-card"),
