@@ -6,6 +6,7 @@ only the widths are small and the weights random.
 
 import json
 import os
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub library is imported: no test may reach for the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: tiny models only lose time waiting for each other
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub_server import HubServer
 from PIL import Image
 
 TINY_IMAGE_SIZE = 32
@@ -158,3 +160,10 @@ def photo_dir(tmp_path: Path) -> Path:
     for seed in range(4):
         checkered(seed).save(folder / f"photo-{seed}.png")
     return folder
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """A model hub on this machine, empty; processes started with `hub.environment(home)` know no other."""
+    with HubServer() as server:
+        yield server
