@@ -67,7 +67,8 @@ def two_tier_loss(
     anchor [B,D], positives [B,P,D], distractors [B,K,D] of any length: they are normalised here, in at least float32.
     positive_mask [B,P] and distractor_mask [B,K]: True where a slot holds a picture, False where it is padding.
     exclude_padding=False leaves padded slots in the denominators, as the authors' code does; terms are averaged over
-    valid slots either way. Averages are taken over rows for each slot first, then over slots, also as theirs.
+    valid slots either way. The first tier is averaged over rows for each positive slot first, then over slots; the
+    second over all valid distractors at once, also as theirs.
 
     Raises ValueError when shapes disagree or the temperature is not positive.
     """
@@ -155,11 +156,13 @@ def ranking_tier(
 ) -> Tensor:
     """Tier 2: softplus(LSE over other rows' positives - distractor): a distractor still beats random negatives.
 
-    to_positives [B,B,P], to_distractors [B,K], positive_counted [B,P], distractor_valid [B,K]. Zero for a batch of one.
+    to_positives [B,B,P], to_distractors [B,K], positive_counted [B,P], distractor_valid [B,K]. The mean over all valid
+    (row, distractor) pairs, so that a distractor weighs the same whichever slot it is in. Zero for a batch of one.
     """
     own = torch.eye(len(to_positives), dtype=torch.bool, device=to_positives.device)
     negatives = _hide(to_positives, own[:, :, None] | ~positive_counted).flatten(1).logsumexp(dim=1)  # [B]
-    return _mean_over_slots(F.softplus(negatives[:, None] - to_distractors), distractor_valid)
+    terms = F.softplus(negatives[:, None] - to_distractors)  # [B,K]
+    return terms.masked_fill(~distractor_valid, 0).sum() / distractor_valid.sum().clamp(min=1)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ PADDED = (
     torch.tensor([[True, True], [True, False]]),
     torch.tensor([[True, True, False], [True, True, False]]),
 )
+UNEQUAL = (ALL[0], torch.tensor([[True, False, False], [True, True, True]]))
 
 # Tier 1, tier 2, total (alpha .5), obtained by running the authors' code; the padding-excluded ones from the paper's
 # definition. Columns: temperature, masks, exclude_padding.
@@ -32,6 +33,11 @@ WORKED = [
     (0.07, ALL, True, (1.918854, 5.541182, 4.689445)),
     (0.07, PADDED, False, (1.561713, 7.727499, 5.425463)),
     (0.07, PADDED, True, (1.537322, 6.060978, 4.567811)),
+    # Rows with unequally many distractors tell a mean over all of them from a mean of the slots' means.
+    (1.0, UNEQUAL, False, (1.708848, 1.247700, 2.332698)),
+    (1.0, UNEQUAL, True, (1.573476, 1.247700, 2.197326)),
+    (0.07, UNEQUAL, False, (1.918854, 6.352279, 5.094993)),
+    (0.07, UNEQUAL, True, (1.912788, 6.352278, 5.088927)),
 ]
 
 
@@ -87,15 +93,12 @@ def slow_loss(
             terms.append(math.log(total) - logit(anchor[b], positives[b, p]))
         if terms:
             tier1.append(mean(terms))
-    for k in range(distractors.shape[1]):
-        terms = []
-        for b in rows:
+    for b in rows:
+        for k in range(distractors.shape[1]):
             if not distractor_mask[b, k]:
                 continue
             others = sum(math.exp(logit(anchor[b], positives[c, q])) for c, q in gallery if c != b)
-            terms.append(math.log(1 + others * math.exp(-logit(anchor[b], distractors[b, k]))))
-        if terms:
-            tier2.append(mean(terms))
+            tier2.append(math.log(1 + others * math.exp(-logit(anchor[b], distractors[b, k]))))
     return mean(tier1) + alpha * mean(tier2)
 
 
@@ -120,6 +123,15 @@ def test_agrees_with_plain_loops(seed, exclude_padding):
     batch = random_batch(seed)
     loss = two_tier_loss(*batch, temperature=0.3, alpha=0.7, exclude_padding=exclude_padding)
     assert float(loss) == pytest.approx(slow_loss(*batch, 0.3, 0.7, exclude_padding), abs=1e-5)
+
+
+def test_every_valid_distractor_has_the_same_weight_in_the_ranking_tier():
+    to_positives = torch.randn(4, 4, 2, generator=torch.Generator().manual_seed(0))
+    to_distractors = torch.zeros(4, 3, requires_grad=True)
+    distractor_mask = torch.tensor([[True, True, True]] + [[True, False, False]] * 3)
+    ranking_tier(to_positives, to_distractors, torch.ones(4, 2, dtype=torch.bool), distractor_mask).backward()
+    first = to_distractors.grad[0]
+    assert torch.equal(first, first[:1].expand(3)) and (to_distractors.grad[~distractor_mask] == 0).all()
 
 
 def moved(x, towards, amount):
