@@ -22,6 +22,8 @@ from tiles import PREPROCESSING, Tiles, same, tiny_model, weights
 from tqdm import tqdm
 
 from nearid_personalize import InputError
+from nearid_personalize.commands.evaluate import evaluation_rows
+from nearid_personalize.commands.options import Evaluate
 from nearid_personalize.data.cache import TokenCache, cache_in_memory
 from nearid_personalize.encoder import load_encoder
 from nearid_personalize.preprocessing import Preprocessing
@@ -388,16 +390,22 @@ def test_output_that_is_a_file_is_refused(tmp_path):
 
 
 @pytest.fixture
-def trainer(monkeypatch):
-    """Runs the script's `main` here, with the flags given."""
+def script(monkeypatch):
+    """The script as a module."""
     spec = importlib.util.spec_from_file_location("train_head", TRAINER)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "train_head", module)  # where tyro looks for the options' docstrings
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def trainer(script, monkeypatch):
+    """Runs the script's `main` here, with the flags given."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", [TRAINER.name, *map(str, arguments)])
-        return module.main()
+        return script.main()
 
     return run
 
@@ -448,6 +456,29 @@ def test_trainer_takes_a_folder_of_subjects(trainer, tmp_path, capsys):
         assert report["sources"] == ["distractors"]
         assert not same(weights(load_encoder(output)[0]), weights(tiny_model()))
     assert "4 of" in capsys.readouterr().out
+
+
+def folder_of_subjects(folder, names, size=64):
+    """Subjects of two views and two distractors each."""
+    for number, name in enumerate(names):
+        (folder / name / "distractors").mkdir(parents=True)
+        for view in range(2):
+            checkered(10 * number + view, size).save(folder / name / f"{view}.png")
+            checkered(1000 + 10 * number + view, size).save(folder / name / "distractors" / f"{view}.png")
+    return folder
+
+
+def test_hash_splits_of_trainer_and_evaluation_agree(script, tmp_path):
+    data = folder_of_subjects(tmp_path / "data", [f"subject-{n}" for n in range(40)], size=8)
+    head = HeadOptions(tmp_path / "out")
+    train, held_out = script.open_rows(script.Arguments("trunk", head, data=str(data), hash_splits=True))
+    options = Evaluate(data=str(data), hash_splits=True)
+    measured = {split: set(evaluation_rows(dataclasses.replace(options, split=split)).ids) for split in ("val", "test")}
+    assert measured["val"] == set(held_out.ids) and measured["test"]
+    assert not set(train.ids) & (measured["val"] | measured["test"])
+    assert len(train) + len(measured["val"]) + len(measured["test"]) == 40
+    with pytest.raises(InputError, match="--hash-splits"):
+        evaluation_rows(dataclasses.replace(options, hash_splits=False))
 
 
 def test_trainer_shows_previews_and_keeps_their_tokens_apart(

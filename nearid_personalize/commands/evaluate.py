@@ -59,7 +59,8 @@ def evaluation_rows(options: Evaluate) -> "Rows":
         if split == "all":
             raise InputError("--split all: the toy world is endless; give train, val or test")
         return miniworld.rows(split, options.limit or 500, options.num_views)
-    rows = load_rows(options.data, options.distractors, None if options.split == "all" else options.split)
+    split = None if options.split == "all" else options.split
+    rows = load_rows(options.data, options.distractors, split, options.hash_splits)
     if not rows.sources:
         raise InputError(f"{options.data}: no distractors to tell the identities from; name sets with --distractors")
     return rows[: options.limit] if options.limit else rows

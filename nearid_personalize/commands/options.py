@@ -148,6 +148,9 @@ class Evaluate:
     """Further sets of distractors for the identities: Aleksandar/NearID-Flux, …; each source is measured by itself."""
     split: Literal["train", "val", "test", "all"] = "test"
     """Which of the data's splits; all: the whole of data that has none."""
+    hash_splits: bool = False
+    """Identities whose split the data does not tell get one by a hash of their id (80 / 10 / 10 %), the one that
+    `train_head.py --hash-splits` gives them: what it trained on is never measured."""
     limit: int = 0
     """Measure the first so many identities only; 0: all (of the toy world: 500)."""
     num_views: int = 3

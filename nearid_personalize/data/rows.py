@@ -170,7 +170,7 @@ class Rows(Sequence[Row]):
         return rows
 
 
-NO_SPLITS = "the data does not say; read it whole, or ask for splits by a hash of the id"
+NO_SPLITS = "the data does not say; --hash-splits gives each identity one by a hash of its id"
 
 
 def _read_at(read: Callable[[int], Row], positions: Sequence[int], index: int) -> Row:
