@@ -8,7 +8,7 @@ Everything is a pure function of (split, index, seed): nothing is stored, and no
 import io
 import itertools
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,9 +23,10 @@ from torch.utils.data import Dataset
 from ..data.rows import Row, Rows, Slots
 from ..errors import InputError
 from .render import Rendering, render
-from .scene import CONTEXTS, View, sample_view
+from .scene import CONTEXTS, IMAGE_SIZE, View, sample_view
 from .subjects import (
     ATTRIBUTES,
+    CATEGORIES,
     Pet,
     Split,
     caption,
@@ -47,20 +48,30 @@ class Picture:
     context: str
 
 
-def _cast(split: Split, index: int, seed: int) -> tuple[Pet, str, random.Random]:
+def _cast(
+    split: Split, index: int, seed: int, categories: Sequence[str] = CATEGORIES
+) -> tuple[Pet, str, random.Random]:
     rng = random.Random(f"picture/{seed}/{split}/{index}")
-    return sample_pet(split, index, seed=seed), pick(rng, CONTEXTS), rng
+    return sample_pet(split, index, seed=seed, categories=categories), pick(rng, CONTEXTS), rng
 
 
-def picture_facts(split: Split, index: int, seed: int = 0) -> tuple[Pet, str]:
+def picture_facts(split: Split, index: int, seed: int = 0, categories: Sequence[str] = CATEGORIES) -> tuple[Pet, str]:
     """Who and where picture number `index` of a split shows, without rendering it."""
-    return _cast(split, index, seed)[:2]
+    return _cast(split, index, seed, categories)[:2]
 
 
-def picture(split: Split, index: int, wide: bool = False, seed: int = 0) -> Picture:
+def picture(
+    split: Split,
+    index: int,
+    wide: bool = False,
+    seed: int = 0,
+    image_size: int = IMAGE_SIZE,
+    rich: bool = False,
+    categories: Sequence[str] = CATEGORIES,
+) -> Picture:
     """Picture number `index` of a split: every picture another identity, context and view."""
-    pet, context, rng = _cast(split, index, seed)
-    return Picture(render(pet, context, sample_view(rng, wide)), pet, context)
+    pet, context, rng = _cast(split, index, seed, categories)
+    return Picture(render(pet, context, sample_view(rng, wide), image_size, rich), pet, context)
 
 
 def photos(pet: Pet, num_photos: int, seed: int = 0, wide: bool = False) -> list[tuple[Rendering, str]]:

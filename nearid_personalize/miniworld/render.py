@@ -72,6 +72,7 @@ ANATOMY = {
     "bear": Anatomy(0.42, 0.40, 0.17, 0.70, (0, -0.10, 0.12), 0.42, (0.46, -0.72), (0.36, 0.68)),
     "robot": Anatomy(0.44, 0.38, 0.20, 0.72, (0, -0.08, 0.08), 0.40, (0.42, -0.62), (0.34, 0.70)),
     "teapot": Anatomy(0.10, 0.46, 0.22, 0.56, (0, -0.32, 0.04), 0.66, (0.56, -0.46), (0.0, 0.62)),
+    "backpack": Anatomy(0.16, 0.30, 0.21, 0.48, (0, -0.16, -0.16), 0.52, (0.52, -0.30), (0.0, 0.46)),
 }
 
 
@@ -193,12 +194,28 @@ def _teapot(pet: Pet) -> list[Part]:
     ]
 
 
+def _backpack(pet: Pet) -> list[Part]:
+    body, second = pet.body_color, pet.second_color
+    return [
+        Part((0, -0.44, 0), (0.50, 0.52, 0.30), body, True, shape="box"),
+        Part((0, 0.08, 0), (0.50, 0.40, 0.30), body, True),
+        Part((0, -0.22, 0.31), (0.40, 0.022, 0.02), "grey", shape="box"),
+        Part((0.34, -0.26, 0.33), (0.03, 0.06, 0.02), "yellow", shape="box"),
+        Part((0, -0.62, 0.30), (0.36, 0.28, 0.12), second, shape="box"),
+        Part((0, -0.40, 0.31), (0.38, 0.13, 0.13), second),
+        Part((0, -0.52, 0.44), (0.07, 0.06, 0.02), "yellow", shape="box"),
+        Part((0, -0.03, 0.29), (0.10, 0.04, 0.05), "dark"),
+        *_mirrored([Part((0.53, -0.68, 0.02), (0.08, 0.24, 0.20), second, shape="box")]),
+    ]
+
+
 _BODIES: dict[str, Callable[[Pet], list[Part]]] = {
     "dog": _dog,
     "cat": _cat,
     "bear": _bear,
     "robot": _robot,
     "teapot": _teapot,
+    "backpack": _backpack,
 }
 
 
@@ -210,6 +227,13 @@ def _ears(pet: Pet, a: Anatomy) -> list[Part]:
             "pointy": [Part((0, y, 0), (0.09, 0.28, 0.09), second)],
             "round": [Part((0, y - 0.02, 0), (0.17, 0.16, 0.16), second)],
             "floppy": [Part((0, y - 0.10, 0), (0.30, 0.07, 0.26), second)],
+        }[pet.ears]
+    if pet.category == "backpack":  # the handle on top
+        arch = ((0.17, 0.02), (0.16, 0.11), (0.11, 0.18), (0.04, 0.22))
+        return {
+            "pointy": _mirrored([Part((0.09, y + 0.12, 0), (0.05, 0.24, 0.06), second, tilt=24)]),
+            "round": _mirrored([Part((dx, y + dy, 0), (0.055, 0.055, 0.06), second) for dx, dy in arch]),
+            "floppy": [Part((0, y + 0.02, 0.02), (0.34, 0.06, 0.20), second)],
         }[pet.ears]
     return _mirrored(
         {
@@ -243,6 +267,16 @@ def _tail(pet: Pet, a: Anatomy) -> list[Part]:
             "bushy": [
                 Part((x + 0.14, y + 0.16, 0), (0.26, 0.22, 0.20), body, True, 40),
                 Part((x + 0.28, y + 0.34, 0), (0.20, 0.13, 0.18), second, tilt=-20),
+            ],
+        }[pet.tail]
+    if pet.category == "backpack":  # the strap at the side; a bushy one is a rolled mat
+        drop = ((0.05, 0.30), (0.13, 0.18), (0.18, 0.04), (0.20, -0.10), (0.19, -0.24), (0.16, -0.38))
+        return {
+            "long": [Part((x + dx, y + dy, 0.06), (0.075, 0.085, 0.06), second) for dx, dy in drop],
+            "short": [Part((x + 0.10, y + 0.20, 0.06), (0.15, 0.06, 0.06), second, tilt=-35)],
+            "bushy": [
+                Part((x + 0.17, y + 0.02, 0.04), (0.15, 0.34, 0.15), body, True),
+                Part((x + 0.17, y + 0.02, 0.04), (0.165, 0.07, 0.165), second),
             ],
         }[pet.tail]
     if pet.tail == "long":
@@ -345,22 +379,27 @@ def _rotation(yaw: float, pitch: float) -> npt.NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Rendering:
-    """One picture of one subject."""
+    """One picture of one subject, R pixels wide and high."""
 
     image: npt.NDArray[np.uint8]
-    """`[64, 64, 3]`"""
+    """`[R, R, 3]`"""
     mask: npt.NDArray[np.bool_]
-    """`[64, 64]`, true where the subject covers any part of the pixel"""
+    """`[R, R]`, true where the subject covers any part of the pixel"""
 
 
-def render(pet: Pet, context: str, view: View) -> Rendering:
+def render(pet: Pet, context: str, view: View, image_size: int = IMAGE_SIZE, rich: bool = False) -> Rendering:
     """A subject in a context under a view. Pixels outside the mask depend on context and view alone.
 
+    Args:
+        image_size: side in pixels, a multiple of 64; every size shows the same scene.
+        rich: soft shadows, rim light and materials (fur, metal, glaze, cloth). The packaged models were trained
+            without.
+
     Raises:
-        InputError: unknown context.
+        InputError: unknown context, or a size that is no multiple of 64.
     """
-    scene = background(context, view)
-    color, inside = draw_subject(pet, view, TINTS[context])
+    scene = background(context, view, image_size, rich)
+    color, inside = draw_subject(pet, view, TINTS[context], image_size, rich)
     pixels = np.where(inside[:, :, None], color, scene)
     return Rendering(to_uint8(downsample(pixels)), downsample(inside[:, :, None].astype(np.float32))[:, :, 0] > 0)
 
@@ -376,12 +415,14 @@ def to_uint8(pixels: Array) -> npt.NDArray[np.uint8]:
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
 
-def draw_subject(pet: Pet, view: View, tint: RGB) -> tuple[Array, npt.NDArray[np.bool_]]:
-    """The subject alone: shaded colours `[128, 128, 3]` in [0, 255] and coverage `[128, 128]`, supersampled."""
+def draw_subject(
+    pet: Pet, view: View, tint: RGB, image_size: int = IMAGE_SIZE, rich: bool = False
+) -> tuple[Array, npt.NDArray[np.bool_]]:
+    """The subject alone: shaded colours `[S, S, 3]` in [0, 255] and coverage `[S, S]`, supersampled."""
     parts = build(pet)
-    size = IMAGE_SIZE * SUPERSAMPLING
+    size = image_size * SUPERSAMPLING
     rotation = _rotation(view.yaw, view.pitch)
-    grid_x, grid_y = pixel_grid(view)
+    grid_x, grid_y = pixel_grid(view, image_size)
     depth = np.full((size, size), -1e9, np.float32)
     index = np.full((size, size), -1, np.int16)
     normal = np.zeros((3, size, size), np.float32)
@@ -401,7 +442,11 @@ def draw_subject(pet: Pet, view: View, tint: RGB) -> tuple[Array, npt.NDArray[np
         albedo[second] = np.array(COLOR_VALUES[pet.second_color], np.float32)
     nx, ny, nz = normal[:, rows, columns]
     color = np.zeros((size, size, 3), np.float32)
-    color[rows, columns] = _shade(albedo, nx, ny, nz, view, tint)
+    if rich:
+        albedo = albedo * _grain(MATERIALS[pet.category], px, py, pz)[:, None]
+        color[rows, columns] = _shade_richly(albedo, nx, ny, nz, view, tint, _GLOSS[MATERIALS[pet.category]])
+    else:
+        color[rows, columns] = _shade(albedo, nx, ny, nz, view, tint)
     return color, index >= 0
 
 
@@ -501,4 +546,58 @@ def _shade(albedo: Array, nx: Array, ny: Array, nz: Array, view: View, tint: RGB
     light = np.float32(0.42) + np.float32(0.66) * lambert
     light = light * (np.float32(0.72) + np.float32(0.28) * np.minimum(nz * np.float32(1.8), np.float32(1)))
     shaded = albedo * light[:, None] + np.float32(46) * highlight[:, None]
+    return shaded * np.asarray(tint, np.float32) * np.float32(view.brightness)
+
+
+MATERIALS = {"dog": "fur", "cat": "fur", "bear": "fur", "robot": "metal", "teapot": "glaze", "backpack": "cloth"}
+
+_GLOSS = {"fur": 22.0, "metal": 88.0, "glaze": 120.0, "cloth": 8.0}  # height of the highlight in grey levels
+
+
+def _hash(*cells: npt.NDArray[np.int64]) -> Array:
+    """Noise in [-1, 1) from integer cell numbers: the same on every machine, since integers do not round."""
+    mixed = np.zeros(cells[0].shape, np.uint32)
+    for cell, prime in zip(cells, (73856093, 19349663, 83492791)):
+        mixed ^= cell.astype(np.uint32) * np.uint32(prime)
+    mixed ^= mixed >> np.uint32(15)
+    mixed *= np.uint32(0x2C1B3C6D)
+    mixed ^= mixed >> np.uint32(12)
+    return (mixed >> np.uint32(8)).astype(np.float32) / np.float32(2**23) - np.float32(1)
+
+
+def _cells(values: Array, length: float) -> npt.NDArray[np.int64]:
+    return np.floor(values / np.float32(length)).astype(np.int64)
+
+
+def _grain(material: str, x: Array, y: Array, z: Array) -> Array:
+    """What a material multiplies its colour by, `[N]` near 1; it turns with the subject."""
+    if material == "fur":  # strokes that hang down
+        return np.float32(1) + np.float32(0.055) * _hash(_cells(x, 0.05), _cells(y, 0.13), _cells(z, 0.05))
+    if material == "metal":  # brushed sideways
+        return np.float32(1) + np.float32(0.035) * _hash(_cells(y, 0.035))
+    if material == "cloth":  # woven: light and dark squares
+        weave = (_cells(x + z, 0.045) + _cells(y, 0.045)) % 2
+        return np.float32(1) + np.float32(0.03) * (np.float32(2) * weave.astype(np.float32) - np.float32(1))
+    return np.ones(x.shape, np.float32)
+
+
+def _shade_richly(albedo: Array, nx: Array, ny: Array, nz: Array, view: View, tint: RGB, gloss: float) -> Array:
+    """Lambert under a brighter sky than ground, a highlight as glossy as the material, and light on the rim."""
+    length = np.sqrt(nx * nx + ny * ny + nz * nz)
+    nx, ny, nz = nx / length, ny / length, nz / length
+    lx, ly, lz = view.light, 0.62, 0.72
+    norm = math.sqrt(lx * lx + ly * ly + lz * lz)
+    lambert = np.maximum(nx * np.float32(lx / norm) + ny * np.float32(ly / norm) + nz * np.float32(lz / norm), 0)
+    half = math.sqrt(lx * lx + ly * ly + (lz + norm) ** 2)
+    highlight = nx * np.float32(lx / half) + ny * np.float32(ly / half) + nz * np.float32((lz + norm) / half)
+    highlight = np.maximum(highlight, 0)
+    for _ in range(5):  # to the 32nd power by squaring
+        highlight = highlight * highlight
+    sky = np.float32(0.40) + np.float32(0.12) * ny
+    edge = np.float32(1) - np.clip(nz, np.float32(0), np.float32(1))
+    light = (sky + np.float32(0.62) * lambert) * (np.float32(1) - np.float32(0.30) * edge * edge)
+    # The rim catches the sky from behind, on the side away from the light and from above
+    behind = np.clip(np.float32(0.45) * ny - np.float32(0.8 * lx / norm) * nx + np.float32(0.25), 0, 1)
+    rim = np.float32(70) * behind * edge * edge * edge
+    shaded = albedo * light[:, None] + (np.float32(gloss) * highlight + rim)[:, None]
     return shaded * np.asarray(tint, np.float32) * np.float32(view.brightness)

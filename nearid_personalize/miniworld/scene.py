@@ -2,6 +2,8 @@
 
 Only operations that IEEE 754 rounds exactly (+, -, *, /, sqrt, comparisons) touch pixels, so that a seed gives the
 same picture on every machine; no BLAS, no vectorised sines.
+
+Lengths are pixels of a 64-pixel picture, whatever the size that is drawn: the scene is the same at every size.
 """
 
 import functools
@@ -17,6 +19,7 @@ from .subjects import uniform
 Array = npt.NDArray[np.float32]
 
 IMAGE_SIZE = 64
+"""Side of the pictures that the packaged models know, and unit of every length here."""
 SUPERSAMPLING = 2
 CONTEXTS = ("park", "beach", "space", "snow", "city", "kitchen", "desert", "sea")
 
@@ -35,9 +38,20 @@ TINTS: dict[str, tuple[float, float, float]] = {
 _MARGIN = 14  # pixels of drawing beyond the picture on every side: room for shifts
 
 
+def samples_per_pixel(image_size: int) -> int:
+    """Samples along one pixel of the 64-pixel picture when `image_size` pixels are drawn.
+
+    Raises:
+        InputError: not a positive multiple of 64.
+    """
+    if image_size <= 0 or image_size % IMAGE_SIZE:
+        raise InputError(f"image_size must be a multiple of {IMAGE_SIZE}, got {image_size}")
+    return SUPERSAMPLING * image_size // IMAGE_SIZE
+
+
 @dataclass(frozen=True)
 class View:
-    """How a picture is taken: pixels are of the final picture, angles in degrees."""
+    """How a picture is taken: pixels are of a 64-pixel picture, angles in degrees."""
 
     yaw: float = 0.0
     pitch: float = 8.0
@@ -76,54 +90,63 @@ def sample_view(rng: random.Random, wide: bool = False) -> View:
     )
 
 
-def background(context: str, view: View) -> Array:
-    """The empty context under a view, float32 `[128, 128, 3]` in [0, 255] (supersampled), contact shadow included.
+def background(context: str, view: View, image_size: int = IMAGE_SIZE, rich: bool = False) -> Array:
+    """The empty context under a view, float32 `[S, S, 3]` in [0, 255], contact shadow included.
 
-    The shadow depends on the view alone, so that two subjects in one view share every background pixel.
+    S is the supersampled side, `SUPERSAMPLING * image_size`. The shadow depends on the view alone, so that two
+    subjects in one view share every background pixel.
 
     Raises:
-        InputError: unknown context.
+        InputError: unknown context, or a size that is no multiple of 64.
     """
     if context not in CONTEXTS:
         raise InputError(f"unknown context {context!r}; choose one of: {', '.join(CONTEXTS)}")
-    size, margin = IMAGE_SIZE * SUPERSAMPLING, _MARGIN * SUPERSAMPLING
-    top, left = margin + view.background_y, margin + view.background_x
-    pixels = _drawing(context)[top : top + size, left : left + size] * np.float32(view.brightness)
-    return pixels * _contact_shadow(view)[:, :, None]
+    dense = samples_per_pixel(image_size)
+    size, half_pixel = SUPERSAMPLING * image_size, dense // SUPERSAMPLING
+    top = _MARGIN * dense + view.background_y * half_pixel
+    left = _MARGIN * dense + view.background_x * half_pixel
+    pixels = _drawing(context, image_size)[top : top + size, left : left + size] * np.float32(view.brightness)
+    return pixels * _contact_shadow(view, image_size, rich)[:, :, None]
 
 
-def _contact_shadow(view: View) -> Array:
-    x, y = pixel_grid(view)
+def _contact_shadow(view: View, image_size: int, rich: bool) -> Array:
+    """What the ground's light is multiplied by, float32 `[S, S]`."""
+    x, y = pixel_grid(view, image_size)
     radius = (x / np.float32(0.72)) ** 2 + ((y + np.float32(0.98)) / np.float32(0.16)) ** 2
     strength = np.clip(np.float32(1.15) - radius, np.float32(0), np.float32(1))
-    return np.float32(1) - np.float32(0.42) * strength
+    if not rich:
+        return np.float32(1) - np.float32(0.42) * strength
+    # Dark where the subject touches the ground, fading smoothly into a wide penumbra
+    wide = np.clip(np.float32(1) - np.float32(0.55) * radius, np.float32(0), np.float32(1))
+    core = strength * strength * (np.float32(3) - np.float32(2) * strength)
+    return np.float32(1) - np.float32(0.34) * core - np.float32(0.22) * wide * wide
 
 
-def pixel_grid(view: View) -> tuple[Array, Array]:
-    """Subject coordinates (x right, y up; the ground is y = -1) of the supersampled pixels, `[1, 128]`, `[128, 1]`."""
-    size = IMAGE_SIZE * SUPERSAMPLING
-    unit = np.float32(24.6 * SUPERSAMPLING * view.scale)
-    centre_x = np.float32((IMAGE_SIZE / 2 + view.shift_x) * SUPERSAMPLING - 0.5)
+def pixel_grid(view: View, image_size: int = IMAGE_SIZE) -> tuple[Array, Array]:
+    """Subject coordinates (x right, y up; the ground is y = -1) of the supersampled pixels, `[1, S]`, `[S, 1]`."""
+    dense = samples_per_pixel(image_size)
+    unit = np.float32(24.6 * dense * view.scale)
+    centre_x = np.float32((IMAGE_SIZE / 2 + view.shift_x) * dense - 0.5)
     # The feet stay where they are when the scale changes: a small subject must not float.
-    ground = np.float32((IMAGE_SIZE * 0.925 + view.shift_y) * SUPERSAMPLING - 0.5)
-    steps = np.arange(size, dtype=np.float32)
+    ground = np.float32((IMAGE_SIZE * 0.925 + view.shift_y) * dense - 0.5)
+    steps = np.arange(SUPERSAMPLING * image_size, dtype=np.float32)
     return ((steps - centre_x) / unit)[None, :], ((ground - steps) / unit - np.float32(1))[:, None]
 
 
-@functools.lru_cache(maxsize=len(CONTEXTS))
-def _drawing(context: str) -> Array:
+@functools.lru_cache(maxsize=2 * len(CONTEXTS))
+def _drawing(context: str, image_size: int) -> Array:
     """The whole drawing of a context, with margins, float32 in [0, 255]."""
-    canvas = _Canvas()
+    canvas = _Canvas(samples_per_pixel(image_size))
     _PAINTERS[context](canvas)
     return canvas.pixels
 
 
 class _Canvas:
-    """A supersampled picture with a few shapes; coordinates are pixels of the final, unshifted picture."""
+    """A supersampled picture with a few shapes; coordinates are pixels of the unshifted 64-pixel picture."""
 
-    def __init__(self) -> None:
-        side = (IMAGE_SIZE + 2 * _MARGIN) * SUPERSAMPLING
-        steps = np.arange(side, dtype=np.float32) / np.float32(SUPERSAMPLING) - np.float32(_MARGIN)
+    def __init__(self, dense: int) -> None:
+        side = (IMAGE_SIZE + 2 * _MARGIN) * dense
+        steps = np.arange(side, dtype=np.float32) / np.float32(dense) - np.float32(_MARGIN)
         self.x, self.y = steps[None, :], steps[:, None]
         self.pixels: Array = np.zeros((side, side, 3), np.float32)
 

@@ -16,6 +16,9 @@ T = TypeVar("T")
 Split = Literal["train", "val", "test"]
 
 CATEGORIES = ("dog", "cat", "bear", "robot", "teapot")
+"""Categories that the packaged models know, and that subjects are sampled from."""
+UNTRAINED_CATEGORIES = ("backpack",)
+"""Categories that can be drawn, and sampled by name; no packaged model was trained on them."""
 BODY_COLORS = ("brown", "red", "yellow", "green", "blue", "purple", "pink", "white")
 COLORS = (*BODY_COLORS, "black")
 PATTERNS = ("plain", "spots", "stripes", "halves", "patches")
@@ -64,7 +67,7 @@ class Pet:
 
 
 VALUES: dict[str, tuple[str, ...]] = {
-    "category": CATEGORIES,
+    "category": (*CATEGORIES, *UNTRAINED_CATEGORIES),
     "body_color": BODY_COLORS,
     "second_color": COLORS,
     "pattern": PATTERNS,
@@ -74,6 +77,8 @@ VALUES: dict[str, tuple[str, ...]] = {
     "accessory_color": COLORS,
     "eye_color": EYE_COLORS,
 }
+GOODS_WORDS = {"teapot": ("knob", "spout"), "backpack": ("handle", "strap")}
+"""Goods have these in the place of ears and of a tail; their shapes are the attributes `ears` and `tail`."""
 ATTRIBUTES = tuple(name for name in VALUES if name != "category")
 
 # How much of a subject's look an attribute carries; sums to one, so that distances lie in [0, 1].
@@ -115,8 +120,14 @@ def check_split(split: str) -> None:
         raise InputError(f"unknown split {split!r}; choose one of: {', '.join(get_args(Split))}")
 
 
-def sample_pet(split: Split, index: int, category: str | None = None, seed: int | str = 0) -> Pet:
-    """Subject number `index` of a split (of one category when given): the same on every machine.
+def sample_pet(
+    split: Split,
+    index: int,
+    category: str | None = None,
+    seed: int | str = 0,
+    categories: Sequence[str] = CATEGORIES,
+) -> Pet:
+    """Subject number `index` of a split (of one category, or of some, when given): the same on every machine.
 
     Splits cannot overlap: an identity belongs to exactly one, by a hash of its own attributes.
 
@@ -124,13 +135,13 @@ def sample_pet(split: Split, index: int, category: str | None = None, seed: int 
         InputError: unknown split or category.
     """
     check_split(split)
-    if category is not None and category not in CATEGORIES:
-        raise InputError(f"unknown category {category!r}; choose one of: {', '.join(CATEGORIES)}")
+    if category is not None and category not in VALUES["category"]:
+        raise InputError(f"unknown category {category!r}; choose one of: {', '.join(VALUES['category'])}")
     rng = random.Random(f"pet/{seed}/{split}/{category}/{index}")
     while True:
         body, second, third = _distinct_colors(rng)
         pet = Pet(
-            category=category or pick(rng, CATEGORIES),
+            category=category or pick(rng, categories),
             body_color=body,
             second_color=second,
             pattern=pick(rng, PATTERNS),
@@ -197,9 +208,10 @@ def oracle_distance(a: Pet, b: Pet) -> float:
 
 def attribute_phrases(pet: Pet) -> dict[str, str]:
     """The words a caption uses for the pet's parts, keyed by the part."""
-    ear_word, tail_word = ("knob", "spout") if pet.category == "teapot" else ("ears", "tail")
+    goods = pet.category in GOODS_WORDS
+    ear_word, tail_word = GOODS_WORDS.get(pet.category, ("ears", "tail"))
     pattern = "paws" if pet.pattern == "plain" else pet.pattern
-    ears = f"a {pet.ears} {ear_word}" if pet.category == "teapot" else f"{pet.ears} {ear_word}"
+    ears = f"a {pet.ears} {ear_word}" if goods else f"{pet.ears} {ear_word}"
     article = "" if pet.accessory == "glasses" else "a "
     return {
         "coat": f"{pet.second_color} {pattern}",
