@@ -1,4 +1,4 @@
-"""Train an identity head: `accelerate launch trainers/train_head.py --trunk M --data D --output FOLDER`.
+"""Train an identity head: `accelerate launch --quiet trainers/train_head.py --trunk M --data D --output FOLDER`.
 
 Parses the flags, prints the plan, and calls `nearid_personalize.training.head`.
 """
@@ -14,6 +14,7 @@ import tyro
 from accelerate import Accelerator
 
 from nearid_personalize.checkpoints import trunk_fingerprint
+from nearid_personalize.commands.flags import parse_flags, quieten_libraries, run_program
 from nearid_personalize.data import OFF, Augmentation, IdentityDataset, Rows, check_disjoint, load_rows
 from nearid_personalize.data.cache import (
     CacheKey,
@@ -98,7 +99,7 @@ class Arguments:
     """Print the plan and stop."""
 
     def check(self) -> None:
-        """Raise InputError for numbers that cannot be. (Raised while parsing, tyro would draw a box around it.)"""
+        """Raise InputError for numbers that cannot be."""
         for flag, value, least in (
             ("--num-identities", self.num_identities, 1),
             ("--num-validation", self.num_validation, 0),
@@ -239,15 +240,11 @@ def run(arguments: Arguments) -> HeadResult | None:
     return result
 
 
-def main() -> int:
-    """Exit status 0, or 2 after one line about wrong input."""
-    try:
-        run(tyro.cli(Arguments, description=__doc__))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main() -> None:
+    """Parse, show the plan, train."""
+    quieten_libraries()
+    run(parse_flags(Arguments, None, "train_head.py", __doc__))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

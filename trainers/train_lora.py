@@ -1,7 +1,7 @@
 """Train a DreamBooth-LoRA on a few pictures of one subject: Stable Diffusion, SDXL, SD3, FLUX.1, Qwen-Image or Z-Image.
 
-accelerate launch trainers/train_lora.py --base-model miniworld --references photos --prompt "a photo of sks dog" \
-    --output runs/lora --validate-every 50 --patience 3
+accelerate launch --quiet trainers/train_lora.py --base-model miniworld --references photos \
+    --prompt "a photo of sks dog" --output runs/lora --validate-every 50 --patience 3
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 from accelerate import PartialState
 
-from nearid_personalize.errors import InputError
+from nearid_personalize.commands.flags import parse_flags, quieten_libraries, run_program
 from nearid_personalize.training.lora import WEIGHTS_NAME, LoraOptions, train_lora
 from nearid_personalize.training.validation import IdentityValidation, ValidationOptions
 
@@ -66,18 +66,14 @@ def run(arguments: Arguments) -> None:
     print(f"wrote {folder / WEIGHTS_NAME}{kept}")
 
 
-def main() -> int:
-    """Parse, show the plan, train; 2 on wrong input."""
-    try:
-        arguments = completed(tyro.cli(Arguments, description=__doc__))
-        if os.environ.get("RANK", "0") == "0":  # one of several processes tells it
-            print_plan(arguments)
-        run(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main() -> None:
+    """Parse, show the plan, train."""
+    quieten_libraries()
+    arguments = completed(parse_flags(Arguments, None, "train_lora.py", __doc__))
+    if os.environ.get("RANK", "0") == "0":  # one of several processes tells it
+        print_plan(arguments)
+    run(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -18,6 +18,7 @@ import torch
 import tyro
 from PIL import Image
 
+from nearid_personalize.commands.flags import parse_flags, quieten_libraries, run_program
 from nearid_personalize.data import load_rows
 from nearid_personalize.encoder import NearIDModel, load_encoder
 from nearid_personalize.errors import InputError
@@ -123,19 +124,14 @@ def run(arguments: Arguments) -> Path:
     return save_quality(folder, model, preprocessing, probe, rates)
 
 
-def main() -> int:
-    """Parse, show the plan, train; 2 on wrong input."""
-    try:
-        arguments = tyro.cli(Arguments, description=__doc__)
-        for name, value in asdict(arguments).items():
-            print(f"{name:>12}  {value}")
-        path = run(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {path}")
-    return 0
+def main() -> None:
+    """Parse, show the plan, train."""
+    quieten_libraries()
+    arguments = parse_flags(Arguments, None, "train_quality.py", __doc__)
+    for name, value in asdict(arguments).items():
+        print(f"{name:>12}  {value}")
+    print(f"wrote {run(arguments)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))
