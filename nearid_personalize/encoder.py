@@ -180,6 +180,14 @@ class NearIDModel(PreTrainedModel):
         """
         return self._embed(tokens[:, 0]) if has_class_token(self.config.vision_config) else self.pool(tokens)
 
+    def mean_pool(self, tokens: Tensor) -> Tensor:
+        """[N,T,D] -> [N,D] float32, unit length: the mean patch token, the class token left out; no head is used.
+
+        The paper's DreamBench++ column measures its frozen SigLIP2 so.
+        """
+        first_patch = 1 if has_class_token(self.config.vision_config) else 0
+        return self._embed(tokens[:, first_patch:].float().mean(dim=1))
+
     def forward(self, pixel_values: Tensor) -> NearIDOutput:
         """[N,3,H,W] normalised pixels -> embeddings, the pooled vector they come from, and the tokens."""
         tokens = self.tokens(pixel_values)

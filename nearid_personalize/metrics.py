@@ -44,21 +44,23 @@ def pairwise_accuracy(view_similarity: Tensor, distractor_similarity: Tensor) ->
 
 def published_pairwise_accuracy(view_similarity: Tensor, distractor_similarity: Tensor) -> float:
     """PA as printed in the paper's tables, in [0, 1]: one extra trial per identity, won when its mean margin is > 0."""
-    margins = identity_margins(view_similarity, distractor_similarity)
-    won, valid = won_and_valid(margins).sum(dim=0).tolist()
-    row_means = margins.nanmean(dim=1)
-    return _ratio(won + int((row_means > 0).sum()), valid + int((~row_means.isnan()).sum()))
+    return share_of_won_terms(published_won_and_valid(identity_margins(view_similarity, distractor_similarity)))
+
+
+def published_won_and_valid(margins: Tensor) -> Tensor:
+    """margins [N,terms] -> [N,2] as `won_and_valid`, with the mean margin of each identity as one more term."""
+    return won_and_valid(torch.cat([margins, margins.nanmean(dim=1, keepdim=True)], dim=1))
 
 
 def share_of_perfect_rows(counts: Tensor) -> float:
-    """SSR of `won_and_valid` counts [N,2]: a statistic for `bootstrap_interval`."""
-    won, valid = counts[counts[:, 1] > 0].unbind(dim=1)
+    """SSR of `won_and_valid` counts [...,2]: a statistic for `bootstrap_interval`."""
+    won, valid = counts[counts[..., 1] > 0].unbind(dim=1)
     return _ratio(int((won == valid).sum()), len(valid))
 
 
 def share_of_won_terms(counts: Tensor) -> float:
-    """PA of `won_and_valid` counts [N,2]: a statistic for `bootstrap_interval`."""
-    won, valid = counts.sum(dim=0).tolist()
+    """PA of `won_and_valid` counts [...,2]: a statistic for `bootstrap_interval`."""
+    won, valid = counts.flatten(0, -2).sum(dim=0).tolist()
     return _ratio(won, valid)
 
 
@@ -144,6 +146,26 @@ def pearson(x: Tensor, y: Tensor) -> float:
     return float(((x * y).sum() / (x.norm() * y.norm())).clamp(-1, 1))
 
 
+def correlation_sums(x: Tensor, y: Tensor) -> Tensor:
+    """Two tensors of one shape [...,n] -> [...,6], what their correlation needs: count and sums of x, y, xx, yy, xy.
+
+    Entries where either is NaN are left out. Sums of disjoint sets add up, so that a bootstrap over groups of entries
+    sums a few numbers instead of reading the entries again. Subtract the means before, or float64 loses digits.
+    """
+    x, y = _float64(x), _float64(y)
+    both = ~(x.isnan() | y.isnan())
+    x, y = x.where(both, 0.0), y.where(both, 0.0)
+    return torch.stack([both.double(), x, y, x * x, y * y, x * y]).sum(dim=-1).movedim(0, -1)
+
+
+def correlation_of_sums(sums: Tensor) -> Tensor:
+    """`correlation_sums` [...,6] -> Pearson correlations [...]; NaN where one of the two does not vary."""
+    count, x, y, xx, yy, xy = sums.unbind(dim=-1)
+    covariance, x_variance, y_variance = xy - x * y / count, xx - x * x / count, yy - y * y / count
+    varies = (x_variance > 1e-12 * xx) & (y_variance > 1e-12 * yy)  # what rounding leaves of a constant does not
+    return (covariance / (x_variance * y_variance).sqrt()).clamp(-1, 1).where(varies, float("nan"))
+
+
 def fisher_mean(correlations: Sequence[float], clip: float) -> float:
     """tanh of the mean of atanh, correlations clipped to +-clip first, so that a perfect one stays finite."""
     return float(torch.tensor(correlations, dtype=torch.float64).clamp(-clip, clip).atanh().mean().tanh())
@@ -177,6 +199,36 @@ def bootstrap_interval(
     tail = (1 - confidence) / 2
     low, high = results.nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
+
+
+def bootstrap_sums(
+    sums: Tensor,
+    statistic: Callable[[Tensor], Tensor],
+    num_resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """`bootstrap_interval` of a statistic of sums over identities, many resamples at once: the same draws, much faster.
+
+    Args:
+        sums: [N,...], what each identity adds.
+        statistic: sums of R resamples [R,...] -> [R]; NaN where a resample measured nothing.
+    """
+    sums = _float64(sums)
+    generator = torch.Generator().manual_seed(seed)
+    results = []
+    for start in range(0, num_resamples, _RESAMPLES_AT_ONCE):
+        drawn = torch.zeros(min(_RESAMPLES_AT_ONCE, num_resamples - start), len(sums), dtype=torch.float64)
+        for times in drawn:  # how often each identity is drawn
+            rows = torch.randint(len(sums), (len(sums),), generator=generator)
+            times.copy_(torch.bincount(rows, minlength=len(sums)))
+        results.append(statistic((drawn @ sums.flatten(1)).view(len(drawn), *sums.shape[1:])))
+    tail = (1 - confidence) / 2
+    low, high = torch.cat(results).nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
+_RESAMPLES_AT_ONCE = 200
 
 
 def _float64(x: Tensor) -> Tensor:

@@ -292,12 +292,23 @@ def score_report(tiles: Sequence[Tile], threshold: float, scorer: str, seconds: 
 
 
 def evaluation_report(
-    data: str, split: str, results: Sequence[Mapping], encoders: Mapping[str, str], seconds: Mapping[str, float]
+    data: str,
+    split: str | None,
+    results: Sequence[Mapping],
+    encoders: Mapping[str, str],
+    seconds: Mapping[str, float],
+    intervals: str,
+    benchmark: str | None = None,
 ) -> dict:
-    """The report of measuring encoders: one result per encoder and distractor source; NaN becomes null."""
+    """The report of measuring encoders: one result per encoder and distractor source; NaN becomes null.
+
+    intervals: what the results' intervals are and over what they were taken.
+    """
     return {
         "data": data,
+        **({} if benchmark is None else {"benchmark": benchmark}),
         "split": split,
+        "intervals": intervals,
         "results": [{name: _finite(value) for name, value in result.items()} for result in results],
         "cost": {"seconds": rounded(seconds)},
         "models": dict(encoders),
@@ -308,6 +319,8 @@ def evaluation_report(
 def _finite(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_finite(part) for part in value]
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
     return finite_or_none(value) if isinstance(value, float) else value
 
 

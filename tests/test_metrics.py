@@ -226,3 +226,28 @@ def test_human_correlation_by_category_is_that_of_each_categorys_pairs():
     assert math.isnan(alone.per_method[1]) and alone.mean == pytest.approx(alone.per_method[0])
     with pytest.raises(ValueError, match="one category per score"):
         metrics.human_correlation_by_category(scores.unbind(), first.unbind(), second.unbind(), names[:1])
+
+
+def test_bootstrap_of_sums_is_that_of_rows_drawn_one_resample_at_a_time():
+    generator = torch.Generator().manual_seed(4)
+    x, y = torch.randn(2, 60, generator=generator, dtype=torch.float64)
+    y = y + 0.5 * x
+    y[7] = float("nan")
+
+    def slow(rows):
+        return metrics.pearson(rows[:, 0], rows[:, 1])
+
+    def fast(sums):
+        return metrics.correlation_of_sums(sums)
+
+    sums = metrics.correlation_sums(x[:, None], y[:, None])
+    assert sums.shape == (60, 6)
+    expected = metrics.bootstrap_interval(torch.stack([x, y], dim=1), slow, num_resamples=300, seed=9)
+    assert metrics.bootstrap_sums(sums, fast, num_resamples=300, seed=9) == pytest.approx(expected, abs=1e-12)
+
+
+def test_correlation_of_sums_of_a_constant_is_nothing():
+    x, constant = torch.arange(5.0), torch.full((5,), 0.1)
+    for pair in ((x, constant), (constant, x), (constant, constant), (x, torch.full((5,), float("nan")))):
+        assert metrics.correlation_of_sums(metrics.correlation_sums(*pair)).isnan()
+    assert metrics.correlation_of_sums(metrics.correlation_sums(x, -x)) == -1

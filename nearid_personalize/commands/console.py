@@ -62,3 +62,10 @@ def table(rows: Sequence[tuple[str, str, float, str]]) -> str:
         f"{rank:>{widths[0]}}  {name:<{widths[1]}}  {score:>{widths[2]}}  {status}"
         for rank, name, score, status in cells
     )
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Cells as text, every column as wide as its widest cell; the first row is the heading."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 
 def run_evaluate(options: Evaluate) -> int:
     """`nearid evaluate`."""
-    from nearid_personalize.encoder import load_encoder
-    from nearid_personalize.evaluation import evaluate_rows
-
     if options.out is not None:
         check_writable(options.out)
+    if options.benchmark is not None:
+        from nearid_personalize.commands.benchmark import run_benchmark
+
+        return run_benchmark(options)
+    from nearid_personalize.encoder import load_encoder
+    from nearid_personalize.evaluation import INTERVALS, evaluate_rows
+
     rows = evaluation_rows(options)
     encoders = {"encoder": options.model}
     if options.trunk is not None or options.model == "miniworld":
@@ -32,20 +36,26 @@ def run_evaluate(options: Evaluate) -> int:
     results = []
     for name, place in encoders.items():
         with clock.stage(name):
-            folder = _packaged(place, "nearid" if name == "encoder" else "siglip")
+            folder = packaged(place, "nearid" if name == "encoder" else "siglip")
             model, preprocessing, _ = load_encoder(folder)
             model = model.to(choose_device(options.device))
             frozen = name != "encoder"
             measured = evaluate_rows(model, preprocessing, rows, options.num_views, frozen, not options.json)
         results += [{"encoder": name, "source": source, **asdict(found)} for source, found in measured.items()]
-    report = evaluation_report(rows.name, options.split, results, encoders, clock.seconds)
+    intervals = INTERVALS.format(unit="identities")
+    report = evaluation_report(rows.name, options.split, results, encoders, clock.seconds, intervals)
+    deliver(options, report, f"{evaluation_table(results)}\n[low, high]: {intervals}")
+    return DONE
+
+
+def deliver(options: Evaluate, report: dict, table: str) -> None:
+    """Write the report where that is asked for, and print it or the table."""
     if options.out is not None:
         write_report(report, options.out / "report.json")
     if options.json:
         sys.stdout.write(to_json(report))
     else:
-        print(evaluation_table(results))
-    return DONE
+        print(table)
 
 
 def evaluation_rows(options: Evaluate) -> "Rows":
@@ -55,10 +65,9 @@ def evaluation_rows(options: Evaluate) -> "Rows":
     if options.data == "miniworld":
         from nearid_personalize import miniworld
 
-        split = options.split
-        if split == "all":
+        if options.split == "all":
             raise InputError("--split all: the toy world is endless; give train, val or test")
-        return miniworld.rows(split, options.limit or 500, options.num_views)
+        return miniworld.rows(options.split, options.limit or 500, options.num_views)
     split = None if options.split == "all" else options.split
     rows = load_rows(options.data, options.distractors, split, options.hash_splits)
     if not rows.sources:
@@ -80,7 +89,7 @@ def evaluation_table(results: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def _packaged(name: str, kind: str) -> str:
+def packaged(name: str, kind: str) -> str:
     """The folder of a packaged toy model for "miniworld", else the name itself."""
     if name != "miniworld":
         return name

@@ -8,6 +8,7 @@ from nearid_personalize.errors import InputError
 from nearid_personalize.loading import Device
 
 RELEASED_MODEL = "Aleksandar/nearid-siglip2"
+RELEASED_TRUNK = "google/siglip2-so400m-patch14-384"
 QUICKSTART_LORA_STEPS = 120
 
 
@@ -136,23 +137,33 @@ class Generate(Guarding):
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure an encoder on identities and their near-identity distractors: SSR, PA, M-O, with 95 % intervals."""
+    """Measure an encoder on identities and their near-identity distractors: SSR, PA, M-O, with 95 % intervals; with
+    --benchmark, the paper's table."""
 
     data: str
-    """Identities: a Hub id (Aleksandar/NearID), parquet, a folder of subjects' folders, or "miniworld"."""
+    """Identities: a Hub id (Aleksandar/NearID), parquet, a folder of subjects' folders, or "miniworld". For
+    dreambench++ the folder where its samples were unpacked."""
+    benchmark: Literal["nearid", "mtg", "dreambench++"] | None = None
+    """Print a table of the paper: NearID (SSR and PA by source and pooled), Mind-the-Glitch (M-O, M-O pair, SSR, PA) or
+    DreamBench++ (M-H by category); the frozen trunk beside the encoder."""
+    ratings: Path | None = None
+    """For dreambench++: the folder of its human ratings. Default: they are looked for in --data."""
     model: str = RELEASED_MODEL
     """NearID encoder: Hub id, folder, or "miniworld" (for the toy world only)."""
     trunk: str | None = None
-    """The encoder's frozen trunk, measured beside it: Hub id or folder. Default: of --model miniworld its own."""
+    """The encoder's frozen trunk, measured beside it: Hub id or folder. Default: of --model miniworld its own; with
+    --benchmark that of the released model too."""
     distractors: tuple[str, ...] = ()
-    """Further sets of distractors for the identities: Aleksandar/NearID-Flux, …; each source is measured by itself."""
+    """Further sets of distractors for the identities: Aleksandar/NearID-Flux, …; each source is measured by itself.
+    Default with --benchmark nearid --data Aleksandar/NearID: the seven of the paper's table."""
     split: Literal["train", "val", "test", "all"] = "test"
     """Which of the data's splits; all: the whole of data that has none."""
     hash_splits: bool = False
     """Identities whose split the data does not tell get one by a hash of their id (80 / 10 / 10 %), the one that
     `train_head.py --hash-splits` gives them: what it trained on is never measured."""
     limit: int = 0
-    """Measure the first so many identities only; 0: all (of the toy world: 500)."""
+    """Measure the first so many identities only (of dreambench++: subjects of each category); 0: all (of the toy
+    world: 500)."""
     num_views: int = 3
     """Views of each identity that are compared, at most."""
     out: Path | None = None
@@ -165,6 +176,12 @@ class Evaluate:
     def __post_init__(self) -> None:
         _at_least("limit", self.limit, 0)
         _at_least("num-views", self.num_views, 2)
+        if self.ratings is not None and self.benchmark != "dreambench++":
+            raise InputError(f"--ratings {self.ratings}: only --benchmark dreambench++ has human ratings")
+        if self.distractors and self.benchmark in ("mtg", "dreambench++"):
+            raise InputError(
+                f"--distractors {self.distractors[0]}: --benchmark {self.benchmark} brings its own pictures"
+            )
 
 
 @dataclass(frozen=True)

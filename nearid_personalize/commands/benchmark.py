@@ -1,0 +1,306 @@
+"""`nearid evaluate --benchmark`: the tables of the NearID paper (arXiv 2604.01973), the frozen trunk beside."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nearid_personalize.checkpoints import trunk_fingerprint
+from nearid_personalize.commands.console import DONE, Stopwatch, aligned, say
+from nearid_personalize.commands.evaluate import deliver, packaged
+from nearid_personalize.commands.options import RELEASED_MODEL, RELEASED_TRUNK, Evaluate
+from nearid_personalize.data import Rows
+from nearid_personalize.data.benchmarks import RatedPictures, load_rated_pictures, nearid_rows, part_edit_rows
+from nearid_personalize.embedding import Embedded, Pool, Reader, embed_distinct
+from nearid_personalize.encoder import NearIDModel, load_encoder
+from nearid_personalize.errors import InputError
+from nearid_personalize.evaluation import INTERVALS, Interval, measure_agreement, measure_sources
+from nearid_personalize.images import load_image
+from nearid_personalize.loading import choose_device
+from nearid_personalize.preprocessing import Preprocessing
+from nearid_personalize.report import evaluation_report
+from nearid_personalize.trunks import has_class_token
+
+ENCODER, FROZEN, MEAN_TOKEN = "encoder", "frozen trunk", "frozen trunk, mean token"
+PEOPLE = "people, group 1 and 2"
+
+Result = dict[str, object]
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A trunk and the ways in which its tokens become embeddings, by the name of the row in the table."""
+
+    model: NearIDModel
+    preprocessing: Preprocessing
+    pools: Mapping[str, Pool]
+
+
+def run_benchmark(options: Evaluate) -> int:
+    """`nearid evaluate --benchmark`."""
+    measure = _measure_pictures if options.benchmark == "dreambench++" else _measure_rows
+    clock = Stopwatch()
+    with clock.stage("data"):
+        data = load_benchmark(options)
+    say(options.json, f"plan: {_plan(options, data)}")
+    with clock.stage("models"):
+        readings, models = load_readings(options)
+    results = []
+    for reading in readings:
+        with clock.stage(", ".join(reading.pools)):
+            results += measure(options, data, reading)
+    if isinstance(data, RatedPictures):
+        results += _measure_people(data)
+    intervals = INTERVALS.format(unit="subjects" if isinstance(data, RatedPictures) else "identities")
+    report = evaluation_report(
+        data=options.data,
+        split=None if isinstance(data, RatedPictures) else options.split,
+        results=results,
+        encoders=models,
+        seconds=clock.seconds,
+        intervals=intervals,
+        benchmark=options.benchmark,
+    )
+    deliver(options, report, f"{benchmark_table(options.benchmark, results)}\n[low, high]: {intervals}")
+    return DONE
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def load_benchmark(options: Evaluate) -> Rows | RatedPictures:
+    """The rows, or rated pictures, of the benchmark that `options` name.
+
+    Raises:
+        InputError: they are not there, or not in the layout of that benchmark.
+    """
+    if options.benchmark == "dreambench++":
+        pictures = load_rated_pictures(Path(options.data), options.ratings)
+        return pictures.first_subjects(options.limit) if options.limit else pictures
+    if options.data == "miniworld":
+        return _toy_rows(options)
+    split = None if options.split == "all" else options.split
+    if options.benchmark == "mtg":
+        rows = part_edit_rows(options.data, split, options.hash_splits)
+    else:
+        rows = nearid_rows(options.data, options.distractors, split, options.hash_splits)
+    return rows[: options.limit] if options.limit else rows
+
+
+def _toy_rows(options: Evaluate) -> Rows:
+    from nearid_personalize import miniworld
+
+    if options.split == "all":
+        raise InputError("--split all: the toy world is endless; give train, val or test")
+    count = options.limit or 500
+    if options.benchmark == "mtg":
+        return miniworld.part_edits(options.split, count)
+    return miniworld.rows(options.split, count, options.num_views)
+
+
+def _plan(options: Evaluate, data: Rows | RatedPictures) -> str:
+    if isinstance(data, RatedPictures):
+        left_out = f"; not rated and left out: {', '.join(data.unrated)}" if data.unrated else ""
+        return (
+            f"{len(data.pictures)} rated pictures of {len(data.subjects)} subjects, "
+            f"{len(data.methods)} methods{left_out}"
+        )
+    return f"{len(data)} identities of {data.name}, distractors {', '.join(data.sources)}"
+
+
+def load_readings(options: Evaluate) -> tuple[list[Reading], dict[str, str]]:
+    """The encoder and its frozen trunk, sharing one pass of the trunk where its weights are the encoder's; their names.
+
+    The mean token needs no weights beside the encoder's, and neither does a class token. SigLIP's own head does, since
+    the encoder's was trained further: that one is read from --trunk.
+    """
+    device = choose_device(options.device)
+    model, preprocessing = _load(packaged(options.model, "nearid"), device)
+    pools: dict[str, Pool] = {ENCODER: model.pool}
+    models = {ENCODER: options.model}
+    readings = [Reading(model, preprocessing, pools)]
+    trunk = _load_trunk(options, device)
+    if trunk is None:
+        if has_class_token(model.config.vision_config):
+            pools[FROZEN] = model.frozen_pool
+        pools[MEAN_TOKEN] = model.mean_pool
+        return readings, models
+    name, frozen, its_preprocessing = trunk
+    models[FROZEN] = name
+    if its_preprocessing == preprocessing and trunk_fingerprint(frozen) == trunk_fingerprint(model):
+        pools |= {FROZEN: frozen.frozen_pool, MEAN_TOKEN: frozen.mean_pool}
+    else:
+        say(
+            options.json, f"--trunk {name} is another trunk than that of {options.model}: pictures are run through both"
+        )
+        other: dict[str, Pool] = {FROZEN: frozen.frozen_pool, MEAN_TOKEN: frozen.mean_pool}
+        readings.append(Reading(frozen, its_preprocessing, other))
+    return readings, models
+
+
+def _load(place: str, device: str) -> tuple[NearIDModel, Preprocessing]:
+    model, preprocessing, _ = load_encoder(place)
+    return model.to(device), preprocessing
+
+
+def _load_trunk(options: Evaluate, device: str) -> tuple[str, NearIDModel, Preprocessing] | None:
+    """The frozen trunk that is asked for, or that belongs to a model that we know; None: there is none."""
+    if options.trunk is not None:
+        return (options.trunk, *_load(packaged(options.trunk, "siglip"), device))
+    known = {"miniworld": packaged("miniworld", "siglip"), RELEASED_MODEL: RELEASED_TRUNK}.get(options.model)
+    if known is None:
+        return None
+    try:
+        return (known, *_load(known, device))
+    except InputError as error:
+        say(options.json, f"without the frozen trunk's own head: {error}")
+        return None
+
+
+# --- SSR, PA, M-O ----------------------------------------------------------------------------------------------------
+
+
+def _measure_rows(options: Evaluate, data: Rows | RatedPictures, reading: Reading) -> list[Result]:
+    assert isinstance(data, Rows), "nearid and mtg are rows"
+    num_views = 2 if options.benchmark == "mtg" else options.num_views
+    kinds = 1 + len(data.sources)
+    oracle = _oracle(data) if options.benchmark == "mtg" else None
+    total = len(data) * kinds * num_views
+    embedded = _embed(options, reading, _row_readers(data, num_views), total)
+    slots = embedded.slots.view(len(data), kinds, num_views)
+    results: list[Result] = []
+    for name, embeddings in embedded.embeddings.items():
+        measured = measure_sources(embeddings, slots, data.sources, oracle)
+        results += [{"encoder": name, "source": source, **asdict(found)} for source, found in measured.items()]
+    return results
+
+
+def _row_readers(rows: Rows, num_views: int) -> Iterator[Reader]:
+    """Readers of the views and then of each source's distractors, row by row: [N,1+S,V]."""
+    for row in rows:
+        for slot in range(num_views):
+            yield partial(row.view, slot)
+        for source in rows.sources:
+            for slot in range(num_views):
+                yield partial(row.distractor, source, slot)
+
+
+def _oracle(rows: Rows) -> Tensor:
+    """[N,2]: how much of each view its edit leaves as it was."""
+    oracles = [row.oracle for row in rows]
+    return torch.tensor([found or (float("nan"),) * 2 for found in oracles], dtype=torch.float64)
+
+
+def _embed(options: Evaluate, reading: Reading, readers: Iterator[Reader], total: int) -> Embedded:
+    return embed_distinct(reading.model, reading.preprocessing, reading.pools, readers, total, show=not options.json)
+
+
+# --- M-H -------------------------------------------------------------------------------------------------------------
+
+
+def _measure_pictures(options: Evaluate, data: Rows | RatedPictures, reading: Reading) -> list[Result]:
+    assert isinstance(data, RatedPictures), "dreambench++ is rated pictures"
+    embedded = _embed(options, reading, _picture_readers(data), 2 * len(data.pictures))
+    pairs = embedded.slots.view(-1, 2)
+    results: list[Result] = []
+    for name, embeddings in embedded.embeddings.items():
+        scores = (embeddings[pairs[:, 0]] * embeddings[pairs[:, 1]]).sum(dim=1)
+        results += _agreements(name, data, scores, torch.tensor([picture.ratings for picture in data.pictures]))
+    return results
+
+
+def _picture_readers(data: RatedPictures) -> Iterator[Reader]:
+    """Readers of each reference and the picture made after it: [n,2]."""
+    for picture in data.pictures:
+        yield partial(load_image, picture.reference)
+        yield partial(load_image, picture.picture)
+
+
+def _measure_people(data: RatedPictures) -> list[Result]:
+    """How well the two groups of people agree with each other: what no score can be expected to pass by much."""
+    first, second = torch.tensor([picture.ratings for picture in data.pictures]).unbind(dim=1)
+    return _agreements(PEOPLE, data, first, second[:, None])
+
+
+def _agreements(name: str, data: RatedPictures, scores: Tensor, ratings: Tensor) -> list[Result]:
+    measured = measure_agreement(
+        scores,
+        ratings,
+        methods=[picture.method for picture in data.pictures],
+        subjects=[picture.subject for picture in data.pictures],
+        categories=[picture.category for picture in data.pictures],
+    )
+    return [{"encoder": name, "category": category, **asdict(found)} for category, found in measured.items()]
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def benchmark_table(benchmark: str | None, results: Sequence[Mapping]) -> str:
+    """Measurements as aligned text; SSR and PA in percent as in the paper, correlations in [-1, 1]."""
+    cells = {"nearid": _nearid_cells, "mtg": _mtg_cells, "dreambench++": _dreambench_cells}[benchmark or "nearid"]
+    headings, rows = cells(results)
+    return aligned([headings, *rows])
+
+
+def _nearid_cells(results: Sequence[Mapping]) -> tuple[list[str], list[list[str]]]:
+    headings = ["encoder", "distractors", "identities", "samples", "SSR %", "PA %", "PA % as published"]
+    rows = [
+        [
+            found["encoder"],
+            found["source"],
+            str(found["num_identities"]),
+            str(found["num_samples"]),
+            *(_percent(found[name], found[f"{name}_interval"]) for name in ("ssr", "pa", "published_pa")),
+        ]
+        for found in results
+    ]
+    return headings, rows
+
+
+def _mtg_cells(results: Sequence[Mapping]) -> tuple[list[str], list[list[str]]]:
+    headings = ["encoder", "identities", "M-O", "M-O pair", "SSR %", "PA %"]
+    rows = [
+        [
+            found["encoder"],
+            str(found["num_identities"]),
+            *(_correlation(found[name], found[f"{name}_interval"]) for name in ("m_o", "m_o_pair")),
+            *(_percent(found[name], found[f"{name}_interval"]) for name in ("ssr", "pa")),
+        ]
+        for found in results
+    ]
+    return headings, rows
+
+
+def _dreambench_cells(results: Sequence[Mapping]) -> tuple[list[str], list[list[str]]]:
+    headings = ["encoder", "category", "subjects", "pictures", "M-H", "s.e. over methods"]
+    rows = [
+        [
+            found["encoder"],
+            found["category"],
+            str(found["num_subjects"]),
+            str(found["num_pictures"]),
+            _correlation(found["m_h"], found["m_h_interval"]),
+            _number(found["standard_error"], ".3f"),
+        ]
+        for found in results
+    ]
+    return headings, rows
+
+
+def _percent(value: float, interval: Interval) -> str:
+    low, high = (_number(100 * end, ".1f") for end in interval)
+    return f"{_number(100 * value, '.2f')} [{low}, {high}]"
+
+
+def _correlation(value: float, interval: Interval) -> str:
+    low, high = (_number(end, ".3f") for end in interval)
+    return f"{_number(value, '.3f')} [{low}, {high}]"
+
+
+def _number(value: float, form: str) -> str:
+    """A number as text, "-" where nothing was measured."""
+    return "-" if value != value else format(value, form)
