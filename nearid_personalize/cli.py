@@ -11,19 +11,20 @@ import tyro
 
 from nearid_personalize.commands.console import DONE
 from nearid_personalize.commands.flags import parse_flags, quieten_libraries, run_program
-from nearid_personalize.commands.options import Demo, Evaluate, Generate, Pairs, Quickstart, ReportCard, Score
+from nearid_personalize.commands.options import Demo, Evaluate, Generate, Pairs, Quickstart, ReportCard, Score, Verify
 from nearid_personalize.errors import InputError
 
 Command: TypeAlias = (
     Annotated[Quickstart, tyro.conf.subcommand("quickstart")]
     | Annotated[Score, tyro.conf.subcommand("score")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Pairs, tyro.conf.subcommand("pairs")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[ReportCard, tyro.conf.subcommand("report-card")]
 )
-COMMANDS = ("quickstart", "score", "generate", "evaluate", "pairs", "demo", "report-card")
+COMMANDS = ("quickstart", "score", "verify", "generate", "evaluate", "pairs", "demo", "report-card")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,6 +63,10 @@ def run(command: Command) -> int:
         from nearid_personalize.commands.score import run_score
 
         return run_score(command)
+    if isinstance(command, Verify):
+        from nearid_personalize.commands.verify import run_verify
+
+        return run_verify(command)
     if isinstance(command, Evaluate):
         from nearid_personalize.commands.evaluate import run_evaluate
 
@@ -82,3 +87,7 @@ def run(command: Command) -> int:
     from nearid_personalize.commands.generate import run_generate
 
     return run_generate(command)
+
+
+if __name__ == "__main__":
+    main()

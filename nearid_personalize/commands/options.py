@@ -96,6 +96,41 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Verify:
+    """Say of each picture whether it shows the same subject, another, or that it cannot be told."""
+
+    references: Path
+    """Folder with photos of the subject."""
+    images: Path
+    """One picture, or a folder: each picture in it is an item, and so is each of its folders, with all its pictures."""
+    out: Path
+    """Folder for report.html, contact_sheet.png and report.json."""
+    model: str = RELEASED_MODEL
+    """NearID encoder: Hub id, folder, or "miniworld" (for the toy world only)."""
+    trunk: str | None = None
+    """Trunk of a head that was saved alone, when it is not where it was: Hub id or folder."""
+    negatives: Path | None = None
+    """Folder with pictures of similar subjects: error rates are stated for pictures like them too."""
+    false_accept_rate: float = 0.01
+    """Share of near-identical strangers that may be called the same, 0 to 1."""
+    false_reject_rate: float = 0.05
+    """Share of the subject's own pictures that may be called different, 0 to 1."""
+    maps: int = 24
+    """Show where an item differs for the first so many in the report; a map takes seconds on a CPU."""
+    device: Device = "auto"
+    """Where the encoder runs."""
+    json: bool = False
+    """Print the report to stdout as JSON, and nothing else."""
+
+    def __post_init__(self) -> None:
+        _at_least("maps", self.maps, 0)
+        for name in ("false_accept_rate", "false_reject_rate"):
+            rate = getattr(self, name)
+            if not 0 < rate < 1:
+                raise InputError(f"--{name.replace('_', '-')} {rate:g}: give a share between 0 and 1, such as 0.01")
+
+
+@dataclass(frozen=True)
 class Generate(Guarding):
     """Draw candidates with a diffusers pipeline, keep those that show the subject."""
 
