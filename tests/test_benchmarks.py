@@ -16,6 +16,7 @@ from test_cli import nearid
 from torch import Tensor
 
 from nearid_personalize import metrics
+from nearid_personalize.checkpoints import save_head
 from nearid_personalize.data.benchmarks import NEARID, load_rated_pictures
 from nearid_personalize.encoder import NearIDModel, load_encoder
 from nearid_personalize.errors import InputError
@@ -582,3 +583,43 @@ def test_samples_that_nobody_rated_are_left_out_by_name_and_ratings_may_lie_else
     assert found.unrated == ("emu2_gs3_step50_seed42_torch_bfloat16",)
     cube = next(picture for picture in found.pictures if picture.subject == "object_20_magic_cube")
     assert cube.category == "object" and cube.picture.parent.name == "object_20_rubik's_cube"
+
+
+# --- encoders --------------------------------------------------------------------------------------------------------
+
+
+def test_a_head_alone_brings_the_trunk_that_it_names_and_half_precision_says_the_same(
+    nearid_dir: Path, tiny_nearid_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model, preprocessing, _ = load_encoder(tiny_nearid_dir)
+    torch.manual_seed(5)
+    save_head(model.reset_head(), tmp_path / "head", str(tiny_nearid_dir), preprocessing)
+    flags = ("--benchmark", "nearid", "--data", nearid_dir, "--model", tmp_path / "head")
+    whole, half = (run_json(capsys, *flags, "--dtype", dtype) for dtype in ("float32", "bfloat16"))
+    assert whole["models"] == {"encoder": str(tmp_path / "head"), "frozen trunk": str(tiny_nearid_dir)}
+    assert [result["encoder"] for result in whole["results"]][::3] == ENCODERS
+    for one, other in zip(whole["results"], half["results"], strict=True):
+        assert one["num_samples"] == other["num_samples"] and abs(one["pa"] - other["pa"]) < 0.2
+
+
+def test_another_trunk_is_measured_by_itself(
+    nearid_dir: Path,
+    tiny_nearid_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    model, preprocessing, _ = load_encoder(tiny_nearid_dir)
+    torch.manual_seed(6)
+    other = type(model)(model.config)
+    other.save_pretrained(tmp_path / "other")
+    preprocessing.save(tmp_path / "other")
+    flags = ("--benchmark", "nearid", "--data", nearid_dir, "--model", tiny_nearid_dir)
+    alone = run_json(capsys, *flags)
+    with counted_pictures(monkeypatch) as runs:
+        both = run_json(capsys, *flags, "--trunk", tmp_path / "other")
+    assert sum(runs) % 2 == 0 and [result["encoder"] for result in both["results"]][::3] == ENCODERS
+    assert both["results"][:3] == alone["results"][:3]
+    assert both["results"][6:] != alone["results"][3:]  # the other trunk's mean token, not the encoder's
+    assert nearid("evaluate", *flags, "--trunk", "nowhere") == 2
+    assert_last_line(capsys, "nowhere")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from nearid_personalize.checkpoints import trunk_fingerprint
+from nearid_personalize.checkpoints import head_trunk, holds_head_alone, trunk_fingerprint
 from nearid_personalize.commands.console import DONE, Stopwatch, aligned, say
 from nearid_personalize.commands.evaluate import deliver, packaged
 from nearid_personalize.commands.options import RELEASED_MODEL, RELEASED_TRUNK, Evaluate
@@ -19,7 +20,7 @@ from nearid_personalize.encoder import NearIDModel, load_encoder
 from nearid_personalize.errors import InputError
 from nearid_personalize.evaluation import INTERVALS, Interval, measure_agreement, measure_sources
 from nearid_personalize.images import load_image
-from nearid_personalize.loading import choose_device
+from nearid_personalize.loading import choose_device, choose_dtype
 from nearid_personalize.preprocessing import Preprocessing
 from nearid_personalize.report import evaluation_report
 from nearid_personalize.trunks import has_class_token
@@ -115,48 +116,51 @@ def load_readings(options: Evaluate) -> tuple[list[Reading], dict[str, str]]:
     """The encoder and its frozen trunk, sharing one pass of the trunk where its weights are the encoder's; their names.
 
     The mean token needs no weights beside the encoder's, and neither does a class token. SigLIP's own head does, since
-    the encoder's was trained further: that one is read from --trunk.
+    the encoder's was trained further: that one is read from the trunk's checkpoint.
     """
     device = choose_device(options.device)
-    model, preprocessing = _load(packaged(options.model, "nearid"), device)
-    pools: dict[str, Pool] = {ENCODER: model.pool}
+    dtype = choose_dtype(options.dtype, device)
+    model, preprocessing, folder = load_encoder(packaged(options.model, "nearid"))
     models = {ENCODER: options.model}
-    readings = [Reading(model, preprocessing, pools)]
-    trunk = _load_trunk(options, device)
+    pools: dict[str, Pool] = {ENCODER: model.pool}
+    readings = [Reading(model.to(device), preprocessing, pools)]
+    trunk = _load_trunk(options, folder)
     if trunk is None:
-        if has_class_token(model.config.vision_config):
-            pools[FROZEN] = model.frozen_pool
-        pools[MEAN_TOKEN] = model.mean_pool
-        return readings, models
-    name, frozen, its_preprocessing = trunk
-    models[FROZEN] = name
-    if its_preprocessing == preprocessing and trunk_fingerprint(frozen) == trunk_fingerprint(model):
-        pools |= {FROZEN: frozen.frozen_pool, MEAN_TOKEN: frozen.mean_pool}
+        pools |= _frozen_pools(model, own_head=has_class_token(model.config.vision_config))
     else:
-        say(
-            options.json, f"--trunk {name} is another trunk than that of {options.model}: pictures are run through both"
-        )
-        other: dict[str, Pool] = {FROZEN: frozen.frozen_pool, MEAN_TOKEN: frozen.mean_pool}
-        readings.append(Reading(frozen, its_preprocessing, other))
+        name, frozen, its_preprocessing = trunk
+        models[FROZEN] = name
+        frozen.to(device)
+        # Told by fingerprints before weights are cast: those of bfloat16 weights cannot be compared.
+        if its_preprocessing == preprocessing and trunk_fingerprint(frozen) == trunk_fingerprint(model):
+            pools |= _frozen_pools(frozen)
+        else:
+            say(options.json, f"--trunk {name} is not the trunk of {options.model}: pictures are run through both")
+            readings.append(Reading(frozen, its_preprocessing, _frozen_pools(frozen)))
+    for reading in readings:
+        reading.model.cast_trunk(dtype)
     return readings, models
 
 
-def _load(place: str, device: str) -> tuple[NearIDModel, Preprocessing]:
-    model, preprocessing, _ = load_encoder(place)
-    return model.to(device), preprocessing
+def _frozen_pools(trunk: NearIDModel, own_head: bool = True) -> dict[str, Pool]:
+    """The ways to pool a trunk's tokens without a trained head."""
+    mean: dict[str, Pool] = {MEAN_TOKEN: trunk.mean_pool}
+    return {FROZEN: trunk.frozen_pool, **mean} if own_head else mean
 
 
-def _load_trunk(options: Evaluate, device: str) -> tuple[str, NearIDModel, Preprocessing] | None:
-    """The frozen trunk that is asked for, or that belongs to a model that we know; None: there is none."""
+def _load_trunk(options: Evaluate, model_folder: Path) -> tuple[str, NearIDModel, Preprocessing] | None:
+    """The frozen trunk that is asked for, or that is known to be the model's; None: there is none."""
     if options.trunk is not None:
-        return (options.trunk, *_load(packaged(options.trunk, "siglip"), device))
+        return options.trunk, *load_encoder(packaged(options.trunk, "siglip"))[:2]
     known = {"miniworld": packaged("miniworld", "siglip"), RELEASED_MODEL: RELEASED_TRUNK}.get(options.model)
+    if known is None and holds_head_alone(model_folder):
+        known = head_trunk(model_folder)[0]
     if known is None:
         return None
     try:
-        return (known, *_load(known, device))
+        return known, *load_encoder(known)[:2]
     except InputError as error:
-        say(options.json, f"without the frozen trunk's own head: {error}")
+        say(options.json, f"measured without the frozen trunk's own head: {error}")
         return None
 
 
@@ -167,7 +171,7 @@ def _measure_rows(options: Evaluate, data: Rows | RatedPictures, reading: Readin
     assert isinstance(data, Rows), "nearid and mtg are rows"
     num_views = 2 if options.benchmark == "mtg" else options.num_views
     kinds = 1 + len(data.sources)
-    oracle = _oracle(data) if options.benchmark == "mtg" else None
+    oracle = _oracle(data, not options.json) if options.benchmark == "mtg" else None
     total = len(data) * kinds * num_views
     embedded = _embed(options, reading, _row_readers(data, num_views), total)
     slots = embedded.slots.view(len(data), kinds, num_views)
@@ -188,9 +192,9 @@ def _row_readers(rows: Rows, num_views: int) -> Iterator[Reader]:
                 yield partial(row.distractor, source, slot)
 
 
-def _oracle(rows: Rows) -> Tensor:
+def _oracle(rows: Rows, show: bool) -> Tensor:
     """[N,2]: how much of each view its edit leaves as it was."""
-    oracles = [row.oracle for row in rows]
+    oracles = [row.oracle for row in tqdm(rows, desc="masks", disable=not show, leave=False)]
     return torch.tensor([found or (float("nan"),) * 2 for found in oracles], dtype=torch.float64)
 
 

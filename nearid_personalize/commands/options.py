@@ -205,6 +205,9 @@ class Evaluate:
     """Folder for report.json. Default: nothing is written."""
     device: Device = "auto"
     """Where the encoder runs."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """With --benchmark, the trunk's weights; heads stay float32. auto: float32 on the CPU, else bfloat16. The paper's
+    figures are of float16."""
     json: bool = False
     """Print the report to stdout as JSON, and nothing else."""
 
@@ -213,6 +216,8 @@ class Evaluate:
         _at_least("num-views", self.num_views, 2)
         if self.ratings is not None and self.benchmark != "dreambench++":
             raise InputError(f"--ratings {self.ratings}: only --benchmark dreambench++ has human ratings")
+        if self.dtype != "float32" and self.benchmark is None:
+            raise InputError(f"--dtype {self.dtype}: only with --benchmark; else the trunk is float32")
         if self.distractors and self.benchmark in ("mtg", "dreambench++"):
             raise InputError(
                 f"--distractors {self.distractors[0]}: --benchmark {self.benchmark} brings its own pictures"
