@@ -73,7 +73,7 @@ class Bench:
 
     def tokens(self, data: Rows, num_slots: int, variants: int = 1) -> TokenCache:
         """Cached tokens of some rows; with several sources, a variant draws one per row."""
-        dataset = IdentityDataset(data, self.preprocessing.size, num_slots)
+        dataset = IdentityDataset(data, self.preprocessing.size, num_slots, source_per="row")
         versions = [replace(dataset, variant=variant) for variant in range(variants)]
         key = CacheKey(
             trunk_fingerprint(self.model), self.preprocessing, tuple(version.fingerprint for version in versions), 256

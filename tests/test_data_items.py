@@ -49,19 +49,37 @@ def test_absent_slots_are_zeros_and_false():
     assert item["views"].dtype == torch.float32 and item["view_mask"].dtype == torch.bool
 
 
-def test_one_source_per_row_and_variant_and_gaps_filled_from_the_others():
-    dataset = IdentityDataset(TWO_SOURCES, size=8)
-    seen = Counter(
-        tuple(value(p) for p in replace(dataset, variant=k)[0]["distractors"])
-        for k in range(200)
-    )  # fmt: skip
+def shown_distractors(dataset, variants=200):
+    """How often each combination of distractors is shown."""
+    shown = Counter()
+    for variant in range(variants):
+        shown[tuple(value(picture) for picture in replace(dataset, variant=variant)[0]["distractors"])] += 1
+    return shown
+
+
+def test_a_source_per_row_and_gaps_filled_from_the_others():
+    dataset = IdentityDataset(TWO_SOURCES, size=8, source_per="row")
+    seen = shown_distractors(dataset)
     assert set(seen) == {(11, 12, 13), (11, 22, 13)} and min(seen.values()) > 60
     one, other = (replace(dataset, sources=names) for names in (("flux", "qwen"), ("qwen", "flux")))
     for variant in range(20):  # the order in which sources are listed decides nothing
         items = [replace(listed, variant=variant)[0] for listed in (one, other)]
         assert torch.equal(items[0]["distractors"], items[1]["distractors"])
-    alone = replace(dataset, sources=("flux",))
-    assert {value(replace(alone, variant=k)[0]["distractors"][1]) for k in range(20)} == {12}
+    assert set(shown_distractors(replace(dataset, sources=("flux",)), 20)) == {(11, 12, 13)}
+
+
+def test_a_source_per_slot_and_as_many_sources_as_there_are():
+    values = {"a": (1, 2, 3), "b": (11, 12, 13), "c": (21, 22, 23)}
+    row = Row(id="r", views=(flat(100),) * 3, distractors={name: tuple(map(flat, v)) for name, v in values.items()})
+    dataset = IdentityDataset(collection(row), size=8)
+    seen = shown_distractors(dataset, 300)
+    assert len(seen) == 6 and min(seen.values()) > 25
+    assert all({distractor // 10 for distractor in shown} == {0, 1, 2} for shown in seen)
+    two = shown_distractors(replace(dataset, sources=("a", "b")), 40)
+    assert set(two) == {(1, 12, 3), (11, 2, 13)}
+    assert dataset.num_pictures(0) == 6 and replace(dataset, num_slots=2).num_pictures(0) == 4
+    gaps = IdentityDataset(TWO_SOURCES, size=8, sources=("qwen",))
+    assert gaps.num_pictures(0) == 3  # two views, one distractor
 
 
 def test_rows_with_more_views_than_slots_show_others_in_each_variant():
@@ -117,7 +135,7 @@ def test_backgrounds_go_black_as_often_as_said():
     mask = np.zeros((8, 8), bool)
     mask[:4] = True
     row = Row(id="r", views=(flat(200),) * 2, distractors={"d": (flat(100),) * 2}, masks=(mask,))
-    often = replace(OFF, view_blackout=0.3, distractor_blackout=0.6)
+    often = replace(OFF, anchor_blackout=0.3, positive_blackout=0.3, distractor_blackout=0.6)
     dataset = IdentityDataset(collection(row), size=16, num_slots=2, augmentation=often)
     items = [replace(dataset, variant=k)[0] for k in range(400)]
     for name, share in (("views", 0.3), ("distractors", 0.6)):
@@ -126,8 +144,33 @@ def test_backgrounds_go_black_as_often_as_said():
         assert all(item[name][0, :, :8].all() and item[name][1].all() for item in items)  # the second has no mask
 
 
+def test_anchors_and_positives_are_black_as_often_as_the_paper_says():
+    mask = np.zeros((8, 8), bool)
+    mask[:4] = True
+    row = Row(id="r", views=(flat(200), None, flat(190), flat(180), flat(170)), masks=(mask, None, mask, None, mask))
+    often = replace(Augmentation(), jitter=0, flip=0, shift=0, scale=0)
+    dataset = IdentityDataset(collection(row), size=8, num_slots=5, augmentation=often)
+    generator, black = torch.Generator().manual_seed(0), {True: [], False: []}
+    anchors = Counter()
+    for variant in range(3000):
+        drawn = replace(dataset, variant=variant)
+        weights = drawn.anchor_weights(0)
+        anchor = int(torch.multinomial(weights, 1, generator=generator))
+        anchors[anchor] += 1
+        views = drawn[0]["views"]
+        for slot in (0, 2, 4):  # those with a mask
+            black[slot == anchor].append(not views[slot, :, 4:].any())
+        assert weights[1] == 0 and views[3, :, 4:].all()
+    assert np.mean(black[True]) == pytest.approx(0.5, abs=0.04)  # 2,250 draws: four standard errors
+    assert np.mean(black[False]) == pytest.approx(0.2, abs=0.02)
+    assert min(anchors.values()) > 650 and set(anchors) == {0, 2, 3, 4}
+    # One variant alone tells which anchor it was made for only through what is black.
+    even = replace(dataset, augmentation=replace(often, anchor_blackout=0.2))
+    assert even.anchor_weights(0).tolist() == [1, 0, 1, 1, 1]
+
+
 def test_blackout_uses_each_picture_s_own_mask():
-    black = replace(OFF, view_blackout=1, distractor_blackout=1)
+    black = replace(OFF, anchor_blackout=1, positive_blackout=1, distractor_blackout=1)
     world = rows("test", 1)
     item, row = IdentityDataset(world, size=64, augmentation=black)[0], world[0]
     for slot in range(3):
@@ -182,7 +225,15 @@ def test_view_mask_is_known_without_decoding():
 
 
 @pytest.mark.parametrize(
-    "change", [{"size": 9}, {"seed": 1}, {"variant": 1}, {"sources": ("flux",)}, {"augmentation": Augmentation()}]
+    "change",
+    [
+        {"size": 9},
+        {"seed": 1},
+        {"variant": 1},
+        {"sources": ("flux",)},
+        {"source_per": "row"},
+        {"augmentation": Augmentation()},
+    ],
 )
 def test_fingerprint_changes_with_every_choice(change):
     dataset = IdentityDataset(TWO_SOURCES, size=8)

@@ -18,13 +18,17 @@ from nearid_personalize.errors import InputError
 class Augmentation:
     """How strongly pictures are varied; 0 switches a kind off.
 
-    The paper blacks out the background of the anchor with probability .5 and of positives with .2. Which view is the
-    anchor is drawn later, in training, while variants are made (and their tokens stored) once for all: so every view
-    has one probability, by default the mean over an anchor and two positives.
+    A picture's background is blacked out where its mask is known. The paper does so more often to the anchor than to the
+    positives, but which view is the anchor is drawn anew in every epoch, while variants are made (and their tokens
+    stored) once for all. So each variant is made for one anchor of its row, drawn evenly, and training draws anchors by
+    how likely each is to be that one, given which views are black (`IdentityDataset.anchor_weights`): anchors and
+    positives are black exactly as often as the paper says, whichever view is drawn.
     """
 
-    view_blackout: float = 0.3
-    """Probability that a view's background is black, where its mask is known."""
+    anchor_blackout: float = 0.5
+    """Probability that the anchor's background is black."""
+    positive_blackout: float = 0.2
+    """The same for the anchor's positives."""
     distractor_blackout: float = 0.6
     """The same for distractors."""
     jitter: float = 0.2
@@ -46,7 +50,7 @@ class Augmentation:
             raise InputError("--scale must be below 1, or a picture may shrink to nothing")
 
 
-OFF = Augmentation(view_blackout=0, distractor_blackout=0, jitter=0, flip=0, shift=0, scale=0)
+OFF = Augmentation(anchor_blackout=0, positive_blackout=0, distractor_blackout=0, jitter=0, flip=0, shift=0, scale=0)
 """Pictures as they are, to the bit."""
 
 

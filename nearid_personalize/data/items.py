@@ -1,11 +1,12 @@
 """Rows -> the tensors that training and measuring take."""
 
 import hashlib
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -43,8 +44,10 @@ class IdentityDataset(Dataset[dict[str, Tensor]]):
     seed: int = 0
     variant: int = 0
     sources: tuple[str, ...] | None = None
-    """Distractors are drawn from these; None: from all. A row's distractors come from one source, drawn evenly anew in
-    each variant; slots that it lacks are filled from the others."""
+    """Distractors are drawn from these; None: from all, evenly and anew in each variant."""
+    source_per: Literal["slot", "row"] = "slot"
+    """Whether each slot's distractor comes from another source, as far as there are enough, or all of a row's from one;
+    what a source lacks is taken from the next."""
     augmentation: Augmentation = OFF
 
     def __post_init__(self) -> None:
@@ -62,7 +65,7 @@ class IdentityDataset(Dataset[dict[str, Tensor]]):
     def fingerprint(self) -> str:
         """SHA-256, in hex, of what the items are: rows and every choice of theirs."""
         assert isinstance(self.rows, Rows), "what a stream holds is known only once it has passed"
-        choices = (self.size, self.num_slots, self.seed, self.variant, self.sources, self.augmentation)
+        choices = (self.size, self.num_slots, self.seed, self.variant, self.sources, self.source_per, self.augmentation)
         return hashlib.sha256(f"{self.rows.fingerprint} {choices}".encode()).hexdigest()
 
     @property
@@ -70,31 +73,57 @@ class IdentityDataset(Dataset[dict[str, Tensor]]):
         """Bool `[N,V]`: which views of each row there are in this variant; no picture is decoded."""
         mask = torch.zeros(len(self), self.num_slots, dtype=torch.bool)
         for index, row in enumerate(self.rows):
-            rng = random.Random(f"{self.seed}/{self.variant}/{row.id}")
-            slots = _drawn_slots(row.views, self.num_slots, rng)
+            slots = self._drawn(row).slots
             mask[index, : len(slots)] = torch.tensor([_present(row.views, slot) for slot in slots])
         return mask
+
+    def num_pictures(self, index: int) -> int:
+        """How many views and distractors an item shows; no picture is decoded."""
+        row = self._row(index)
+        drawn = self._drawn(row)
+        views = sum(_present(row.views, slot) for slot in drawn.slots)
+        sources = (self._source(row, drawn, place) for place in range(len(drawn.slots)))
+        return views + sum(source is not None for source in sources)
+
+    def anchor_weights(self, index: int) -> Tensor:
+        """Float `[V]`: how likely each view is to be the anchor; 0 where there is none. No picture is decoded.
+
+        A view's weight is the probability that the backgrounds which are black in this variant are so when it is the
+        anchor, see `Augmentation`; without blacked-out backgrounds, all weigh 1.
+        """
+        row, weights = self._row(index), torch.zeros(self.num_slots)
+        drawn = self._drawn(row)
+        chances = (self.augmentation.anchor_blackout, self.augmentation.positive_blackout)
+        # For every view that could be black: how likely it is to be what it is, as the anchor and as a positive.
+        likely = {}
+        for slot in drawn.slots:
+            if _present(row.views, slot) and _present(row.masks, slot) and chances[0] != chances[1]:
+                black = self._view_draw(row, slot, drawn.anchor)[1]
+                likely[slot] = [chance if black else 1 - chance for chance in chances]
+        for place, slot in enumerate(drawn.slots):
+            if _present(row.views, slot):
+                weights[place] = math.prod(pair[slot != other] for other, pair in likely.items())
+        return weights
 
     def __len__(self) -> int:
         assert isinstance(self.rows, Rows), "a stream has no length"
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        assert isinstance(self.rows, Rows), "a stream can only be iterated"
-        return self.item(self.rows[index])
+        return self.item(self._row(index))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return map(self.item, self.rows)
 
     def item(self, row: Row) -> dict[str, Tensor]:
         """The item of one row."""
-        rng = random.Random(f"{self.seed}/{self.variant}/{row.id}")
-        slots = _drawn_slots(row.views, self.num_slots, rng)
-        sources = _shuffled(sorted(row.distractors if self.sources is None else self.sources), rng)
+        drawn = self._drawn(row)
         pictures = torch.zeros(2, self.num_slots, 3, self.size, self.size)
         valid = torch.zeros(2, self.num_slots, dtype=torch.bool)
-        for place, slot in enumerate(slots):
-            found = [self._view(row, slot), self._distractor(row, sources, slot)]
+        for place, slot in enumerate(drawn.slots):
+            source = self._source(row, drawn, place)
+            distractor = None if source is None else self._distractor(row, source, slot)
+            found = [self._view(row, slot, drawn.anchor), distractor]
             for kind, picture in enumerate(found):
                 if picture is not None:
                     pictures[kind, place], valid[kind, place] = picture, True
@@ -105,29 +134,65 @@ class IdentityDataset(Dataset[dict[str, Tensor]]):
             "distractor_mask": valid[1],
         }
 
-    def _view(self, row: Row, slot: int) -> Tensor | None:
-        blackout = self.augmentation.view_blackout
-        return self._variant(row.view(slot), partial(row.mask, slot), blackout, f"{row.id}/view/{slot}")
+    def _row(self, index: int) -> Row:
+        assert isinstance(self.rows, Rows), "a stream can only be iterated"
+        return self.rows[index]
 
-    def _distractor(self, row: Row, sources: Sequence[str], slot: int) -> Tensor | None:
-        source = next((name for name in sources if _present(row.distractors.get(name, ()), slot)), None)
-        if source is None:
-            return None
-        image, mask = row.distractor(source, slot), partial(row.distractor_mask, source, slot)
-        return self._variant(image, mask, self.augmentation.distractor_blackout, f"{row.id}/{source}/{slot}")
+    def _drawn(self, row: Row) -> "_Drawn":
+        rng = self._rng(row.id)
+        slots = _drawn_slots(row.views, self.num_slots, rng)
+        sources = _shuffled(sorted(row.distractors if self.sources is None else self.sources), rng)
+        anchors = _shuffled((slot for slot in slots if _present(row.views, slot)), self._rng(f"{row.id}/anchor"))
+        return _Drawn(slots=slots, sources=sources, anchor=anchors[0] if anchors else None)
+
+    def _source(self, row: Row, drawn: "_Drawn", place: int) -> str | None:
+        """Where the distractor of the slot that is shown at `place` comes from; None: there is none."""
+        sources = drawn.sources
+        first = place % len(sources) if sources and self.source_per == "slot" else 0
+        turned = (*sources[first:], *sources[:first])
+        slot = drawn.slots[place]
+        return next((name for name in turned if _present(row.distractors.get(name, ()), slot)), None)
+
+    def _view_draw(self, row: Row, slot: int, anchor: int | None) -> tuple[random.Random, bool]:
+        """A view's own generator, and whether its background is to be black."""
+        rng, strength = self._rng(f"{row.id}/view/{slot}"), self.augmentation
+        return rng, rng.random() < (strength.anchor_blackout if slot == anchor else strength.positive_blackout)
+
+    def _view(self, row: Row, slot: int, anchor: int | None) -> Tensor | None:
+        rng, black = self._view_draw(row, slot, anchor)
+        return self._variant(row.view(slot), partial(row.mask, slot), black, rng)
+
+    def _distractor(self, row: Row, source: str, slot: int) -> Tensor | None:
+        rng = self._rng(f"{row.id}/{source}/{slot}")
+        black = rng.random() < self.augmentation.distractor_blackout
+        return self._variant(row.distractor(source, slot), partial(row.distractor_mask, source, slot), black, rng)
 
     def _variant(
-        self, image: Image.Image | None, read_mask: Callable[[], Tensor | None], blackout: float, name: str
+        self, image: Image.Image | None, read_mask: Callable[[], Tensor | None], black: bool, rng: random.Random
     ) -> Tensor | None:
-        """Float `[3,size,size]`; `name` tells this picture's draws from all others'."""
+        """Float `[3,size,size]`."""
         if image is None:
             return None
         pixels = preprocess([image], self.size, mean=(0, 0, 0), std=(1, 1, 1))[0]
-        rng = random.Random(f"{self.seed}/{self.variant}/{name}")
-        mask = read_mask() if rng.random() < blackout else None
+        mask = read_mask() if black else None
         if mask is not None:
             mask = interpolate(mask[None, None].byte(), size=pixels.shape[1:], mode="nearest-exact")[0, 0] > 0
         return augment(pixels, mask, self.augmentation, rng)
+
+    def _rng(self, name: str) -> random.Random:
+        """A generator of its own for each (seed, variant, name)."""
+        return random.Random(f"{self.seed}/{self.variant}/{name}")
+
+
+class _Drawn(NamedTuple):
+    """What a variant draws of a row."""
+
+    slots: list[int]
+    """Which of its views, and distractors on their backgrounds, are shown."""
+    sources: list[str]
+    """In the order in which they are asked."""
+    anchor: int | None
+    """The slot whose background is blacked out as an anchor's; None: there is no view."""
 
 
 def _present(slots: Slots, slot: int) -> bool:
