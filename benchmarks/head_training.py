@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from nearid_personalize.checkpoints import trunk_fingerprint
-from nearid_personalize.data.cache import CacheKey, LiveTokens, TokenSource, cache_on_disk
+from nearid_personalize.data.cache import CacheKey, CachePart, LiveTokens, TokenSource, Trunk, cache_on_disk, plan_cache
 from nearid_personalize.encoder import NearIDModel
 from nearid_personalize.preprocessing import Preprocessing
 from nearid_personalize.training.head import HeadOptions, Pooling, batch_loss
@@ -77,6 +77,10 @@ class PaddedTokens:
         tokens = self.live.model.tokens(pixels)
         return tokens[valid.flatten().to(tokens.device)], valid
 
+    def anchor_weights(self, rows: Tensor, variant: int) -> Tensor:
+        """See `TokenSource`."""
+        return self.live.anchor_weights(rows, variant)
+
 
 def seconds_per_step(steps: int, source: TokenSource, pooling: Pooling, options: Options) -> list[float]:
     """Time of each optimizer step."""
@@ -117,8 +121,10 @@ def main(options: Options) -> None:
     masks = torch.stack([rows[i]["view_mask"] for i in range(len(rows))])
     live = LiveTokens(model, lambda variant: rows, masks, preprocessing)
     with tempfile.TemporaryDirectory() as folder:
-        key = CacheKey(trunk_fingerprint(model), preprocessing, ("random",), 256)
-        cache, writing = timed(lambda: cache_on_disk(Path(folder), key, model, [rows], preprocessing))
+        part = CachePart(CacheKey(trunk_fingerprint(model), preprocessing, "random"), rows)
+        trunk = Trunk(model, preprocessing)
+        plan = plan_cache(Path(folder), trunk, [part])
+        cache, writing = timed(lambda: cache_on_disk(plan, trunk))
         pooling = Pooling(model)
         seconds_per_step(2, cache, pooling, options)  # type: ignore[arg-type]
         cached = seconds_per_step(options.cached_steps, cache, pooling, options)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ import tyro
 
 from nearid_personalize.checkpoints import trunk_fingerprint
 from nearid_personalize.data import IdentityDataset, Rows
-from nearid_personalize.data.cache import CacheKey, TokenCache, cache_on_disk
+from nearid_personalize.data.cache import CacheKey, CachePart, TokenCache, Trunk, cache_on_disk, plan_cache
 from nearid_personalize.encoder import NearIDModel, load_encoder
 from nearid_personalize.evaluation import Retrieval, evaluate_tokens
 from nearid_personalize.images import write_atomically
@@ -75,10 +75,12 @@ class Bench:
         """Cached tokens of some rows; with several sources, a variant draws one per row."""
         dataset = IdentityDataset(data, self.preprocessing.size, num_slots, source_per="row")
         versions = [replace(dataset, variant=variant) for variant in range(variants)]
-        key = CacheKey(
-            trunk_fingerprint(self.model), self.preprocessing, tuple(version.fingerprint for version in versions), 256
-        )
-        return cache_on_disk(self.folder, key, self.model, versions, self.preprocessing)
+        parts = []
+        for variant, version in enumerate(versions):
+            key = CacheKey(trunk_fingerprint(self.model), self.preprocessing, version.fingerprint)
+            parts.append(CachePart(key, version, variant))
+        trunk = Trunk(self.model, self.preprocessing)
+        return cache_on_disk(plan_cache(self.folder, trunk, parts), trunk)
 
 
 def run(options: Options, bench: Bench, arm: Arm, seed: int, tests: dict[str, tuple[TokenCache, torch.Tensor | None]]):

@@ -29,12 +29,13 @@ from nearid_personalize.data.cache import TokenCache, cache_in_memory
 from nearid_personalize.encoder import load_encoder
 from nearid_personalize.preprocessing import Preprocessing
 from nearid_personalize.training.head import (
+    DataShare,
     HeadOptions,
     Pooling,
+    Schedule,
     TrainingFacts,
     anchor_first,
     batch_loss,
-    batch_rows,
     export,
     is_finished,
     model_card,
@@ -62,23 +63,52 @@ def tokens_of(rows):
 
 def test_anchors_are_valid_even_and_leave_the_other_slots():
     mask = torch.tensor([[True, True, False], [True, True, True]]).repeat(600, 1)
-    order = anchor_first(mask, torch.Generator().manual_seed(0))
+    order = anchor_first(mask.float(), torch.Generator().manual_seed(0))
     assert (order.sort(dim=1).values == torch.arange(3)).all()
     assert mask.gather(1, order)[:, 0].all()
     two, three = order[::2, 0].bincount(minlength=3), order[1::2, 0].bincount(minlength=3)
     assert two[2] == 0 and two[:2].min() > 250 and three.min() > 160
+    uneven = anchor_first(torch.tensor([[0.1, 0.3, 0.0]]).repeat(800, 1), torch.Generator().manual_seed(0))
+    assert 150 < int((uneven[:, 0] == 0).sum()) < 250 and not (uneven[:, 0] == 2).any()
+
+
+def schedule_of(num_rows, *sets, **options):
+    mask = torch.ones(num_rows, 2, dtype=torch.bool)
+    return Schedule.of(HeadOptions(Path("unused"), **options), mask, [DataShare(*share) for share in sets])
 
 
 def test_each_epoch_sees_each_row_once_in_an_order_of_its_own():
-    options = HeadOptions(Path("unused"), batch_size=4)
-    batches = [[batch_rows(12, options, 3 * epoch + b) for b in range(3)] for epoch in range(2)]
+    schedule = schedule_of(12, batch_size=4)
+    batches = [[schedule.batch(3 * epoch + b) for b in range(3)] for epoch in range(2)]
     epochs = [[rows.tolist() for rows, _ in batch] for batch in batches]
     assert all(sorted(row for batch in epoch for row in batch) == list(range(12)) for epoch in epochs)
     assert [[variant for _, variant in batch] for batch in batches] == [[0] * 3, [1] * 3]
     assert epochs[0] != epochs[1]
-    assert batch_rows(12, options, 4)[0].tolist() == epochs[1][1]
-    assert batch_rows(12, dataclasses.replace(options, seed=1), 0)[0].tolist() != epochs[0][0]
-    assert sorted(batch_rows(3, options, 7)[0].tolist()) == [0, 1, 2]
+    assert schedule_of(12, batch_size=4, seed=1).batch(0)[0].tolist() != epochs[0][0]
+    assert sorted(schedule_of(3, batch_size=4).batch(7)[0].tolist()) == [0, 1, 2]
+
+
+def test_one_data_set_keeps_the_order_that_the_packaged_heads_were_trained_in():
+    # The card of the packaged head names its command: torch.randperm, seeded by seed and epoch.
+    expected = torch.randperm(300, generator=torch.Generator().manual_seed(2 * 7 * 1_000_003 + 1))
+    schedule = schedule_of(300, batch_size=100, seed=7)
+    assert torch.equal(torch.cat([schedule.batch(3 + number)[0] for number in range(3)]), expected)
+
+
+@pytest.mark.parametrize("sets", [((40, 1), (7, 4)), ((5, 3), (9, 2), (11, 1)), ((6, 4),), ((3, 1), (4, 1))])
+def test_repeated_rows_are_shown_so_often_and_never_twice_in_a_batch(sets):
+    schedule = schedule_of(sum(count for count, _ in sets), *sets, batch_size=12)
+    size, per_epoch = schedule.batch_size, schedule.epoch_size // schedule.batch_size
+    for epoch in range(2):
+        batches = [schedule.batch(epoch * per_epoch + number)[0] for number in range(per_epoch)]
+        assert all(len(set(rows.tolist())) == size for rows in batches)
+        shown = torch.cat(batches).bincount(minlength=sum(count for count, _ in sets))
+        start = 0
+        for count, repeats in sets:
+            part = shown[start : start + count]
+            assert part.max() <= repeats and int((repeats - part).sum()) <= schedule.epoch_size % size
+            start += count
+    assert not torch.equal(schedule.batch(0)[0], schedule.batch(per_epoch)[0])
 
 
 def test_rate_rises_then_falls_to_nothing():
@@ -131,9 +161,9 @@ def test_the_best_head_is_kept_and_patience_ends_the_run(tmp_path):
 def test_accumulated_batches_are_contrasted_within_themselves(tmp_path):
     model, cache = tiny_model(), tokens_of(Tiles(16))
     options = quick_options(tmp_path, steps=1, gradient_accumulation_steps=2)
+    schedule = Schedule.of(options, cache.view_mask)
     expected = [
-        batch_loss(model.pool, cache, batch_rows(16, options, n)[0], 0, options, n, Accelerator()).item()
-        for n in (0, 1)
+        batch_loss(model.pool, cache, schedule.batch(n)[0], 0, options, n, Accelerator()).item() for n in (0, 1)
     ]
     assert train_head(options, model, cache).losses == [pytest.approx(sum(expected) / 2)]
 
@@ -471,7 +501,8 @@ def folder_of_subjects(folder, names, size=64):
 def test_hash_splits_of_trainer_and_evaluation_agree(script, tmp_path):
     data = folder_of_subjects(tmp_path / "data", [f"subject-{n}" for n in range(40)], size=8)
     head = HeadOptions(tmp_path / "out")
-    train, held_out = script.open_rows(script.Arguments("trunk", head, data=str(data), hash_splits=True))
+    (share,), (held_out,) = script.open_rows(script.Arguments("trunk", head, data=(str(data),), hash_splits=True))
+    train = share.rows
     options = Evaluate(data=str(data), hash_splits=True)
     measured = {split: set(evaluation_rows(dataclasses.replace(options, split=split)).ids) for split in ("val", "test")}
     assert measured["val"] == set(held_out.ids) and measured["test"]

@@ -2,14 +2,15 @@
 how they are varied (`augment`) and made into tensors (`items`)."""
 
 from .augment import OFF, Augmentation, augment
-from .items import IdentityDataset
+from .items import IdentityDataset, JoinedItems
 from .rows import Row, Rows, RowStream, check_disjoint, hash_split
-from .sources import load_rows, stream_rows
+from .sources import load_rows, split_repeats, stream_rows
 
 __all__ = [
     "OFF",
     "Augmentation",
     "IdentityDataset",
+    "JoinedItems",
     "Row",
     "RowStream",
     "Rows",
@@ -17,5 +18,6 @@ __all__ = [
     "check_disjoint",
     "hash_split",
     "load_rows",
+    "split_repeats",
     "stream_rows",
 ]

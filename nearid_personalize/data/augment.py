@@ -18,10 +18,10 @@ from nearid_personalize.errors import InputError
 class Augmentation:
     """How strongly pictures are varied; 0 switches a kind off.
 
-    A picture's background is blacked out where its mask is known. The paper does so more often to the anchor than to the
-    positives, but which view is the anchor is drawn anew in every epoch, while variants are made (and their tokens
-    stored) once for all. So each variant is made for one anchor of its row, drawn evenly, and training draws anchors by
-    how likely each is to be that one, given which views are black (`IdentityDataset.anchor_weights`): anchors and
+    A picture's background is blacked out where its mask is known. The paper does so more often to the anchor than to
+    the positives, but which view is the anchor is drawn anew in every epoch, while variants are made (and their tokens
+    stored) once for all. So each variant is made for one anchor of its row, drawn evenly, and training draws anchors
+    by how likely each is to be that one, given which views are black (`IdentityDataset.anchor_weights`): anchors and
     positives are black exactly as often as the paper says, whichever view is drawn.
     """
 

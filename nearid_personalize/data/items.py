@@ -3,7 +3,8 @@
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, TypeVar
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import preprocess
@@ -182,6 +183,18 @@ class IdentityDataset(Dataset[dict[str, Tensor]]):
     def _rng(self, name: str) -> random.Random:
         """A generator of its own for each (seed, variant, name)."""
         return random.Random(f"{self.seed}/{self.variant}/{name}")
+
+
+class JoinedItems(ConcatDataset[dict[str, Tensor]]):
+    """The items of several data sets, one after another."""
+
+    datasets: list[IdentityDataset]  # type: ignore[assignment]
+
+    def anchor_weights(self, index: int) -> Tensor:
+        """See `IdentityDataset.anchor_weights`."""
+        which = bisect_right(self.cumulative_sizes, index)
+        start = self.cumulative_sizes[which - 1] if which else 0
+        return self.datasets[which].anchor_weights(index - start)
 
 
 class _Drawn(NamedTuple):

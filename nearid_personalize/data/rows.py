@@ -134,8 +134,8 @@ class Rows(Sequence[Row]):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of what the rows are: name, version, ids."""
-        return hashlib.sha256(repr((self.name, self.version, self.sources, self.ids)).encode()).hexdigest()
+        """SHA-256, in hex, of what the rows are: version, sources, ids; the same wherever they lie."""
+        return hashlib.sha256(repr((self.version, self.sources, self.ids)).encode()).hexdigest()
 
     @property
     def split_names(self) -> tuple[str, ...]:

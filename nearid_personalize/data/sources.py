@@ -31,8 +31,9 @@ def load_rows(
     needs none.
 
     Args:
-        data: a Hub id (`Aleksandar/NearID`), a parquet file or folder, a `save_to_disk` folder, or a folder of
-            subjects' folders (see the module). Parquet files of distractors beside the views are read with them.
+        data: a Hub id (`Aleksandar/NearID`, or with a revision `Aleksandar/NearID@main`), a parquet file or folder, a
+            `save_to_disk` folder, or a folder of subjects' folders (see the module). Parquet files of distractors
+            beside the views are read with them.
         distractors: further sets (`Aleksandar/NearID-Flux`, or local), each one a source named after its last part
             ("Flux"). They must list the same ids in the same order as `data`.
         split: train, val or test; None: all rows. A row's split is, in this order: its position in the published
@@ -50,6 +51,23 @@ def load_rows(
         rows = _tables().table_rows(*_open(data, distractors, streaming=False))
     rows = rows.hash_splits() if hash_splits else rows
     return rows if split is None else rows.split(split)
+
+
+def split_repeats(data: str) -> tuple[str, int]:
+    """A data set as a flag names it, "PLACE" or "PLACE:N" -> the place, and how often an epoch shows it.
+
+    What follows the last colon counts only where it is a number: `C:\\photos` and `C:\\photos:4` are both places on
+    Windows, `owner/name@v1.0:4` is revision v1.0 four times. A folder of that very name goes first.
+
+    Raises InputError when N is 0.
+    """
+    place, colon, times = data.rpartition(":")
+    drive_alone = len(place) == 1
+    if not colon or not times.isdecimal() or drive_alone or Path(data).exists():
+        return data, 1
+    if int(times) == 0:
+        raise InputError(f"--data {data}: shown 0 times; leave it out, or give a number from 1")
+    return place, int(times)
 
 
 def stream_rows(
@@ -92,8 +110,11 @@ def _is_folder_of_subjects(data: str | Path) -> bool:
         if path.is_file() and path.suffix != ".parquet":
             raise InputError(f"{data}: not a data set; give a parquet file, a folder, or a Hub id")
         return not any(found.suffix in (".parquet", ".arrow") for found in (path, *path.rglob("*")))
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(data)):
-        raise InputError(f"{data}: no such file or folder; give a parquet file, a folder, or a Hub id (owner/name)")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", str(data)):
+        raise InputError(
+            f"{data}: no such file or folder; give a parquet file, a folder, or a Hub id (owner/name, or "
+            "owner/name@revision)"
+        )
     return False
 
 

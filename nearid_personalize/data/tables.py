@@ -74,7 +74,7 @@ class Table:
 
 
 def open_tables(place: str | Path, streaming: bool) -> list[Table]:
-    """The tables in a parquet file, a folder of parquet files, a `save_to_disk` folder, or under a Hub id.
+    """The tables in a parquet file, a folder of parquet files, a `save_to_disk` folder, or under a Hub id (@revision).
 
     All parquet files of views are one table; those of distractors alone are one per name. A file's name leaves shards
     (`-00000-of-00004`) aside; a Hub copy's (`NearID-Flux/data/train-00000-of-00001.parquet`) is its folder's.
@@ -85,9 +85,13 @@ def open_tables(place: str | Path, streaming: bool) -> list[Table]:
     path = Path(place)
     if path.is_file() or any(path.rglob("*.parquet")):
         return [_parquet_table(where, parts, streaming) for where, parts in _parquet_sets(path)]
-    load = _load_from_disk if path.is_dir() else partial(datasets.load_dataset, streaming=streaming)
-    parts = _loaded(place, partial(load, str(place)))
-    return [_table(str(place), source_name(place), parts, _num_rows(parts))]
+    if path.is_dir():
+        name, load = str(place), partial(_load_from_disk, str(place))
+    else:
+        name, _, revision = str(place).partition("@")
+        load = partial(datasets.load_dataset, name, revision=revision or None, streaming=streaming)
+    parts = _loaded(place, load)
+    return [_table(str(place), source_name(name), parts, _num_rows(parts))]
 
 
 def _loaded(place: str | Path, load: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -285,7 +289,7 @@ def _splits(table: Table) -> tuple[str | None, ...]:
 def _split_by_position(table: Table) -> bool:
     """Whether this is the published NearID as a whole, whose splits are row positions."""
     if table.num_rows is None:
-        return table.place == NEARID
+        return table.place.partition("@")[0] == NEARID
     return table.num_rows == sum(NEARID_SPLITS.values())
 
 

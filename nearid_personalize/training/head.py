@@ -7,15 +7,16 @@ not depend on how many processes share it.
 Shape letters: m pictures, B batch, V views, T tokens, D width.
 """
 
+import copy
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -24,16 +25,29 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from nearid_personalize.checkpoints import save_head
-from nearid_personalize.data.cache import TokenCache, TokenSource
+from nearid_personalize.data.cache import ReadAhead, TokenCache, TokenSource
 from nearid_personalize.encoder import NearIDModel
 from nearid_personalize.errors import InputError
 from nearid_personalize.evaluation import Retrieval, evaluate_tokens, into_slots, with_interval
 from nearid_personalize.images import check_writable, write_atomically
 from nearid_personalize.losses import gather_rows, info_nce_loss, two_tier_loss
+from nearid_personalize.pooling import attention_pool
 from nearid_personalize.preprocessing import Preprocessing
 
 FINISHED = "training.json"
 """Written last: where it is, a run has been exported."""
+
+RECIPE = "recipe.json"
+"""In a checkpoint: what decided what was learnt."""
+
+
+class Given(NamedTuple):
+    """A flag that decides what is learnt."""
+
+    shown: Any
+    """What messages say: a number, a name."""
+    decides: Any
+    """What must not change when a run is resumed: of weights and pictures, the fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,20 @@ class HeadOptions:
         return {name: value for name, value in asdict(self).items() if name not in bookkeeping}
 
 
+PAPER: dict[str, Any] = {
+    "steps": 3344,
+    "batch_size": 128,
+    "learning_rate": 1e-4,
+    "warmup_steps": 100,
+    "weight_decay": 1e-4,
+    "max_gradient_norm": 1.0,
+    "objective": "two-tier",
+    "temperature": 0.07,
+    "alpha": 0.5,
+}
+"""Options of the paper's run (arXiv 2604.01973): about 11 epochs of its data."""
+
+
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
@@ -112,6 +140,14 @@ class HeadResult:
     losses: list[float]
     validation: dict[int, Retrieval]
     kept_step: int
+
+
+class DataShare(NamedTuple):
+    """One data set of a run."""
+
+    num_rows: int
+    repeats: int
+    """How often an epoch shows each of its rows."""
 
 
 class Pooling(nn.Module):
@@ -133,32 +169,40 @@ def train_head(
     source: TokenSource,
     validation: TokenCache | None = None,
     accelerator: Accelerator | None = None,
+    sets: Sequence[DataShare] = (),
+    given: Mapping[str, Given] | None = None,
 ) -> HeadResult:
     """Train `model`'s head in place on tokens of its trunk with the two-tier objective.
 
     Leaves the head to keep in `model` and writes nothing but checkpoints and logs to `output`: `export` does the rest.
     Checkpoints are accelerate's own files, pickles among them: resume only from your own folders.
 
+    Args:
+        sets: the data sets that the rows of `source` are of, one after another. Default: one, shown once an epoch.
+        given: flags beside the options that decide what is learnt, by name; a run resumes only under the same ones.
+
     Raises InputError when no row has two views, the batch cannot be shared out evenly, or a checkpoint was made under
-    another recipe.
+    other options.
     """
     accelerator = accelerator or accelerator_for(options)
-    trainable = (source.view_mask.sum(dim=1) >= 2).nonzero()[:, 0]
-    if len(trainable) == 0:
-        raise InputError("no identity has two views: a row needs an anchor and a positive")
-    if min(options.batch_size, len(trainable)) % accelerator.num_processes:
+    schedule = Schedule.of(options, source.view_mask, sets)
+    size = schedule.batch_size
+    if size % accelerator.num_processes:
         raise InputError(
             f"--batch-size {options.batch_size}: {accelerator.num_processes} processes cannot share "
-            f"{min(options.batch_size, len(trainable))} identities evenly"
+            f"{size} identities evenly"
         )
+    given = given or {}
+    if options.resume:
+        check_resumable(options, given)
     check_writable(options.output, "--output")
     model.freeze_trunk().eval().to(accelerator.device)
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
     scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, options.warmup_steps, options.steps))
     pooling, optimizer = accelerator.prepare(Pooling(model), optimizer)
-    position = _Position(options.recipe())
+    position = _Position()
     accelerator.register_for_checkpointing(position, scheduler)
-    checkpoints = _Checkpoints(accelerator, options)
+    checkpoints = _Checkpoints(accelerator, options, given)
     if options.resume:
         checkpoints.load_newest()
     if options.tensorboard:
@@ -168,10 +212,14 @@ def train_head(
     if validation is not None and position.step == 0:
         position.measured(0, evaluate_tokens(model, validation), model)
     quiet = not accelerator.is_main_process
-    with tqdm(total=options.steps, initial=position.step, desc="head", unit="step", disable=quiet) as progress:
+    with ExitStack() as stack:
+        if isinstance(source, TokenCache):
+            source = stack.enter_context(ReadAhead(source))
+        progress = tqdm(total=options.steps, initial=position.step, desc="head", unit="step", disable=quiet)
+        stack.enter_context(progress)
         while position.step < options.steps and not position.out_of_patience(options.patience):
             step = position.step
-            losses.append(_train_step(options, accelerator, pooling, optimizer, source, trainable, step))
+            losses.append(_train_step(options, accelerator, pooling, optimizer, source, schedule, step))
             scheduler.step()
             position.step = done = step + 1
             progress.update()
@@ -209,7 +257,7 @@ def _train_step(
     pooling: nn.Module,
     optimizer: torch.optim.Optimizer,
     source: TokenSource,
-    trainable: Tensor,
+    schedule: "Schedule",
     step: int,
 ) -> float:
     """One optimizer step; its loss, averaged over accumulated batches."""
@@ -217,11 +265,14 @@ def _train_step(
     total = 0.0
     for part in range(accumulated):
         number = step * accumulated + part
-        positions, variant = batch_rows(len(trainable), options, number)
+        rows, variant = schedule.batch(number)
+        if isinstance(source, ReadAhead) and number + 1 < options.steps * accumulated:
+            following, its_variant = schedule.batch(number + 1)
+            source.expect(own_share(following, accelerator), its_variant)
         last = part == accumulated - 1
         # Gradients cross processes with the last accumulated batch only.
         with accelerator.autocast(), nullcontext() if last else accelerator.no_sync(pooling):
-            loss = batch_loss(pooling, source, trainable[positions], variant, options, number, accelerator)
+            loss = batch_loss(pooling, source, rows, variant, options, number, accelerator)
             accelerator.backward(loss / accumulated)
         total += loss.item() / accumulated
     accelerator.clip_grad_norm_(pooling.parameters(), options.max_gradient_norm)
@@ -243,12 +294,13 @@ def batch_loss(
 
     Each process reads and pools its share of the rows; all of them then see all embeddings, and the same loss.
     """
-    share = len(rows) // accelerator.num_processes
-    mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    tokens, valid = source.read(rows[mine], variant)
-    embeddings = gather_rows(into_slots(pooling(tokens.to(accelerator.device)), valid))  # [B,2,V,D]
+    mine = own_share(rows, accelerator)
+    tokens, valid = source.read(mine, variant)
+    tokens = tokens.to(accelerator.device, non_blocking=True)
+    embeddings = gather_rows(into_slots(pooling(tokens), valid))  # [B,2,V,D]
+    weights = gather_rows(source.anchor_weights(mine, variant).to(accelerator.device)).cpu()  # [B,V]
     valid = gather_rows(valid.to(accelerator.device).byte()).bool()  # [B,2,V]
-    order = anchor_first(valid[:, 0].cpu(), _generator(options.seed, number, "anchors")).to(valid.device)  # [B,V]
+    order = anchor_first(weights, _generator(options.seed, number, "anchors")).to(valid.device)  # [B,V]
     valid_views = valid[:, 0].gather(1, order)
     views = embeddings[:, 0].gather(1, order[:, :, None].expand(-1, -1, embeddings.shape[-1]))  # [B,V,D]
     if options.objective == "info-nce":
@@ -264,18 +316,96 @@ def batch_loss(
     )
 
 
-def anchor_first(view_mask: Tensor, generator: torch.Generator) -> Tensor:
-    """Bool [B,V] -> int64 [B,V]: each row's slots, turned so that a valid one, drawn evenly, comes first."""
-    anchor = torch.multinomial(view_mask.float(), 1, generator=generator)  # [B,1]
-    return (anchor + torch.arange(view_mask.shape[1])) % view_mask.shape[1]
+def own_share(rows: Tensor, accelerator: Accelerator) -> Tensor:
+    """The rows of a batch that this process reads and pools."""
+    share = len(rows) // accelerator.num_processes
+    return rows[accelerator.process_index * share :][:share]
 
 
-def batch_rows(num_rows: int, options: HeadOptions, number: int) -> tuple[Tensor, int]:
-    """Positions in batch `number`, and its epoch: each is a seeded order of all rows, cut short to whole batches."""
-    size = min(options.batch_size, num_rows)
-    epoch, batch = divmod(number, num_rows // size)
-    order = torch.randperm(num_rows, generator=_generator(options.seed, epoch, "order"))
-    return order[batch * size : (batch + 1) * size], epoch
+def anchor_first(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Float [B,V] -> int64 [B,V]: each row's slots, turned so that one that is drawn by weight comes first."""
+    anchor = torch.multinomial(weights, 1, generator=generator)  # [B,1]
+    return (anchor + torch.arange(weights.shape[1])) % weights.shape[1]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which rows are in which batch: a function of the seed and the batch's number."""
+
+    options: HeadOptions
+    rows: Tensor
+    """Int64 [n], those with an anchor and a positive, data set after data set."""
+    sets: tuple[DataShare, ...]
+    """How many of `rows` are of each data set, and how often an epoch shows them."""
+
+    @classmethod
+    def of(cls, options: HeadOptions, view_mask: Tensor, sets: Sequence[DataShare] = ()) -> "Schedule":
+        """The schedule of rows with some views, bool [N,V]. Raises InputError when none has two."""
+        trainable = view_mask.sum(dim=1) >= 2
+        if not trainable.any():
+            raise InputError("no identity has two views: a row needs an anchor and a positive")
+        sets = sets or (DataShare(len(trainable), 1),)
+        counts = [int(part.sum()) for part in trainable.split([share.num_rows for share in sets])]
+        shares = tuple(DataShare(count, share.repeats) for count, share in zip(counts, sets, strict=True))
+        return cls(options, trainable.nonzero()[:, 0], shares)
+
+    @property
+    def epoch_size(self) -> int:
+        """Rows that an epoch shows, repeats counted."""
+        return sum(share.num_rows * share.repeats for share in self.sets)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in a batch: as many as asked for, but fewer than would show one of them twice."""
+        most = max(share.repeats for share in self.sets)
+        distinct = self.epoch_size if most == 1 else max(1, self.epoch_size // most - (len(self.sets) - 1))
+        return min(self.options.batch_size, distinct)
+
+    def batch(self, number: int) -> tuple[Tensor, int]:
+        """Rows of batch `number`, and its epoch: each is a seeded order of all rows, cut short to whole batches."""
+        epoch, batch = divmod(number, self.epoch_size // self.batch_size)
+        order = self._order(_generator(self.options.seed, epoch, "order"))
+        return self.rows[order[batch * self.batch_size : (batch + 1) * self.batch_size]], epoch
+
+    def _order(self, generator: torch.Generator) -> Tensor:
+        """Positions in `rows`, each as often as it is repeated.
+
+        Every data set is spread evenly over the epoch, and the repeats of a row are as far apart as can be, so that no
+        batch holds it twice: it would be its own negative.
+        """
+        positions, times, start = [], [], 0
+        for count, repeats in self.sets:
+            order = torch.randperm(count, generator=generator)
+            for repeat in range(repeats):
+                positions.append(start + order)
+                times.append((repeat + torch.arange(count, dtype=torch.float64) / max(count, 1)) / repeats)
+            start += count
+        return torch.cat(positions)[torch.cat(times).argsort(stable=True)]
+
+
+def step_bytes(model: NearIDModel, num_pictures: int, picture_shape: tuple[int, int]) -> int:
+    """Peak memory of a training step, estimated: weights, the head's gradients and moments, tokens, activations.
+
+    num_pictures: m of a batch in one process. picture_shape: (T, D) of their tokens. Nothing is computed: the head runs
+    on tensors without content.
+    """
+    head = copy.deepcopy(model.head).to("meta")
+    own = {parameter.untyped_storage()._cdata for parameter in head.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage
+        return tensor
+
+    tokens = torch.empty(num_pictures, *picture_shape, dtype=torch.float16, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        attention_pool(head, tokens.float())
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    trained = sum(parameter.nbytes for parameter in model.head.parameters())
+    # As read, half of a float32 copy; beside them the next batch's.
+    return weights + 3 * trained + 2 * tokens.nbytes + sum(storage.nbytes() for storage in saved.values())
 
 
 def warmup_cosine(step: int, warmup_steps: int, steps: int) -> float:
@@ -291,9 +421,8 @@ def warmup_cosine(step: int, warmup_steps: int, steps: int) -> float:
 
 @dataclass
 class _Position:
-    """How far training is, under which recipe, and the best head so far: the part of a checkpoint that is ours."""
+    """How far training is, and the best head so far: the part of a checkpoint that is ours."""
 
-    recipe: dict[str, Any]
     step: int = 0
     losses: list[float] = field(default_factory=list)
     validation: dict[int, Retrieval] = field(default_factory=dict)
@@ -317,10 +446,6 @@ class _Position:
         return {**vars(self), "validation": measured}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state["recipe"].items():
-            if self.recipe[name] != value:
-                flag = f"--{name.replace('_', '-')}"
-                raise InputError(f"{flag} {self.recipe[name]}: the checkpoint to resume was made with {flag} {value}")
         self.step, self.best_step, self.best_head = state["step"], state["best_step"], state["best_head"]
         self.losses[:] = state["losses"]
         self.validation = {step: Retrieval(**measured) for step, measured in state["validation"].items()}
@@ -329,17 +454,14 @@ class _Position:
 class _Checkpoints:
     """Checkpoints under `output/checkpoints`: each appears under its name when it is complete, never before."""
 
-    def __init__(self, accelerator: Accelerator, options: HeadOptions) -> None:
-        self.accelerator, self.limit = accelerator, options.checkpoints_total_limit
+    def __init__(self, accelerator: Accelerator, options: HeadOptions, given: Mapping[str, Given]) -> None:
+        self.accelerator, self.options, self.given = accelerator, options, given
         self.folder = options.output / "checkpoints"
 
-    def complete(self) -> list[Path]:
-        """Oldest first."""
-        return sorted(self.folder.glob("step-*"))
-
     def load_newest(self) -> None:
-        if self.complete():
-            self.accelerator.load_state(str(self.complete()[-1]))
+        found = _complete_checkpoints(self.options)
+        if found:
+            self.accelerator.load_state(str(found[-1]))
 
     def save(self, step: int) -> None:
         partial = self.folder / f".partial-{step:08d}"
@@ -350,12 +472,42 @@ class _Checkpoints:
         self.accelerator.save_state(str(partial))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            write_atomically(partial / RECIPE, json.dumps(_decisions(self.options, self.given), indent=2) + "\n")
             final = self.folder / f"step-{step:08d}"
             if not final.exists():
                 os.replace(partial, final)
-            for old in self.complete()[: -self.limit]:
+            for old in _complete_checkpoints(self.options)[: -self.options.checkpoints_total_limit]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
+
+
+def _complete_checkpoints(options: HeadOptions) -> list[Path]:
+    """Oldest first."""
+    return sorted((options.output / "checkpoints").glob("step-*"))
+
+
+def _decisions(options: HeadOptions, given: Mapping[str, Given]) -> dict[str, Given]:
+    """All that decides what is learnt, by flag."""
+    return {name: Given(value, value) for name, value in options.recipe().items()} | dict(given)
+
+
+def check_resumable(options: HeadOptions, given: Mapping[str, Given]) -> None:
+    """Raise InputError when what lies in `output` was trained otherwise than it would go on; reads no weights."""
+    found = _complete_checkpoints(options)
+    if is_finished(options):
+        stored = json.loads((options.output / FINISHED).read_text(encoding="utf-8")).get("given", {})
+    elif found:
+        stored = json.loads((found[-1] / RECIPE).read_text(encoding="utf-8"))
+    else:
+        return
+    now = json.loads(json.dumps(_decisions(options, given)))
+    for name, (shown, decides) in now.items():
+        then_shown, then_decides = stored.get(name, (shown, decides))
+        flag = f"--{name.replace('_', '-')}"
+        if decides != then_decides and shown == then_shown:
+            raise InputError(f"{flag} {shown}: has changed since the run to resume began; begin anew without --resume")
+        if decides != then_decides:
+            raise InputError(f"{flag} {shown}: the checkpoint to resume was made with {flag} {then_shown}")
 
 
 def save_model(model: NearIDModel, preprocessing: Preprocessing, folder: Path) -> None:
@@ -390,6 +542,7 @@ def export(
     result: HeadResult,
     facts: TrainingFacts,
     head_alone: bool = False,
+    given: Mapping[str, Given] | None = None,
 ) -> None:
     """Write the model (or its head alone), its card README.md and training.json to `output`; drop the checkpoints.
 
@@ -403,6 +556,7 @@ def export(
     report = {
         **asdict(facts),
         "recipe": options.recipe(),
+        "given": _decisions(options, given or {}),
         "kept_step": result.kept_step,
         "losses": [round(loss, 6) for loss in result.losses],
         "validation": {str(step): asdict(retrieval) for step, retrieval in result.validation.items()},
