@@ -92,7 +92,7 @@ def quieten_libraries() -> None:
 
 def _one_line(boxed: str) -> str:
     """The message inside tyro's box, below its title and above the next rule; of missing flags only their names."""
-    texts = [line.strip("│ ") for line in boxed.splitlines()]
+    texts = [line.strip("│╰╯ ") for line in boxed.splitlines()]
     paragraphs = [list(group) for rule, group in itertools.groupby(texts, _is_rule) if not rule]
     # The title is the box's upper edge, or where stdout cannot hold such an edge, a paragraph of its own.
     message = paragraphs[0][1:] if boxed.startswith("╭") else paragraphs[1]
