@@ -1,5 +1,6 @@
 """Identity as validation: what is kept, when it stops, what it costs, and that a kill changes none of it."""
 
+import itertools
 import json
 import math
 import os
@@ -27,9 +28,9 @@ from nearid_personalize.training.validation import (
     Limits,
     ValidationOptions,
     best_of,
-    exceeds_budget,
     out_of_patience,
     shared_beginning,
+    verdict,
     without_lora,
     without_word,
 )
@@ -78,7 +79,7 @@ def still(options: LoraOptions, **more: object) -> LoraOptions:
 
 def run(options: LoraOptions, told: ValidationOptions) -> IdentityValidation:
     """Train to the end as the trainer does."""
-    checks = IdentityValidation(options, told)
+    checks = IdentityValidation.open(options, told)
     train_lora(options, checks)
     checks.finish()
     return checks
@@ -109,6 +110,12 @@ def test_the_best_is_the_most_alike_that_passes_and_never_the_base_model():
     assert best_of([record(1, 0.9, "copies")]) is None
 
 
+def test_best_so_far_is_never_said_of_what_lies_below_the_base_model():
+    records = [record(0, 0.4), record(1, 0.3), record(2, 0.5), record(3, 0.45), record(4, 0.9, "copies")]
+    said = [verdict(one, records[: number + 1]) for number, one in enumerate(records)]
+    assert said == ["", "below the base model's 0.400", "best so far", "", "copies"]
+
+
 def test_patience_counts_validations_since_the_best():
     """Beside a plain loop over random scores, some of them refused."""
     draw = random.Random(0)
@@ -122,12 +129,6 @@ def test_patience_counts_validations_since_the_best():
         for patience in range(1, 8):
             assert out_of_patience([record(0, 1.0), *records], patience) == (since >= patience)
         assert not out_of_patience(records, 0)
-
-
-def test_the_budget_is_a_share_of_the_whole_run():
-    assert not exceeds_budget(spent=0, cost=0, elapsed=5, budget=0.1)  # the first one's cost is unknown
-    assert not exceeds_budget(spent=5, cost=5, elapsed=95, budget=0.1)
-    assert exceeds_budget(spent=5, cost=5, elapsed=94, budget=0.1)
 
 
 def base(**more: object) -> dict:
@@ -164,9 +165,9 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
     journal = Journal(path)
     journal.append({"step": 1})
     path.write_text(path.read_text() + '{"step": 2, "ident')
-    again = Journal(path)
+    again = Journal.read(path)
     again.append({"step": 2})
-    assert Journal(path).records == again.records == [{"step": 1}, {"step": 2}]
+    assert Journal.read(path).records == again.records == [{"step": 1}, {"step": 2}]
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def test_the_scored_pictures_are_what_the_kept_file_draws(options, told):
     pipe = StableDiffusionPipeline.from_pretrained(options.base_model, safety_checker=None)
     pipe.load_lora_weights(options.output)
     pipe.set_progress_bar_config(disable=True)
-    checks = IdentityValidation(replace(options, output=options.output / "again"), told)
+    checks = IdentityValidation.open(replace(options, output=options.output / "again"), told)
     images = draw_samples(pipe, told.validation_prompts, range(2), num_inference_steps=1)
     scores = checks.scorer.score([image for row in images for image in row], checks.subject)
     assert float(scores.mean()) == pytest.approx(best["identity"], abs=1e-4)
@@ -252,31 +253,112 @@ def test_where_nothing_passes_the_last_is_kept_and_said(options, told, capsys, m
     assert read_metadata(options.output)["steps"] == 4 and not (options.output / "best").exists()
 
 
-def test_validations_that_exceed_the_budget_are_skipped(options, told, capsys, monkeypatch):
-    """A clock that only work moves: a step takes 10 seconds, drawing a grid 3."""
-    now = [0.0]
-    take_step, draw = lora.LoraRun.take_step, draw_samples
+class WorkClock:
+    """A clock that only work moves: a training step, a picture's denoising step."""
 
-    def slow_step(run, step):
-        now[0] += 10
-        return take_step(run, step)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, training_step: float, denoising_step: float) -> None:
+        self.now, self.drawn = 0.0, []
+        add_gradients = lora.LoraRun.add_gradients
 
-    def slow_draw(*arguments, **more):
-        now[0] += 3
-        return draw(*arguments, **more)
+        def train(run, step):
+            self.now += training_step
+            return add_gradients(run, step)
 
-    monkeypatch.setattr(lora.LoraRun, "take_step", slow_step)
-    monkeypatch.setattr(validation, "draw_samples", slow_draw)
-    options = replace(options, steps=14)
-    checks = IdentityValidation(options, replace(told, validation_budget=0.1), clock=lambda: now[0])
-    train_lora(options, checks)
+        def draw(pipe, prompts, seeds, *arguments, num_inference_steps, **more):
+            self.drawn.append((tuple(prompts), len(seeds), num_inference_steps))
+            self.now += len(prompts) * len(seeds) * num_inference_steps * denoising_step
+            return draw_samples(pipe, prompts, seeds, *arguments, num_inference_steps=1, **more)
+
+        monkeypatch.setattr(lora.LoraRun, "add_gradients", train)
+        monkeypatch.setattr(validation, "draw_samples", draw)
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_validations_are_fitted_to_the_budget_and_evenly_spaced(options, told, capsys, monkeypatch):
+    """As asked, one validation would take a tenth of the run: 2 prompts, 2 seeds, 20 steps are 80 of 800 seconds."""
+    clock = WorkClock(monkeypatch, training_step=40.0, denoising_step=1.0)
+    told = replace(told, validation_steps=20, validation_budget=0.3)
+    checks = IdentityValidation.open(replace(options, steps=20, validate_every=2), told, clock)
+    train_lora(checks.options, checks)
     records = lines_of(options.output)
-    # Step 1 draws the base model too: 6 s. The third grid makes 9 s, a tenth of a run of 90: after step 9.
-    assert [one["step"] for one in records] == [0, 1, 9, 11, 14]
-    assert records[-1]["seconds"]["validations"] == 15 == checks.spent
-    for one in records[2:]:
-        assert one["seconds"]["validations"] <= 0.1 * one["seconds"]["run"]
-    assert capsys.readouterr().err.count("skipped") == 10
+    steps = [one["step"] for one in records]
+    assert steps[0] == 0 and steps[-1] == 20 and 4 <= len(steps[1:]) < 10
+    assert max(b - a for a, b in itertools.pairwise(steps)) <= 20 / (len(steps) - 1) + 1
+    whole = clock.drawn[-len(steps) :]
+    assert len(set(whole)) == 1 and whole[0][2] < 20  # all alike, and smaller than asked for
+    assert records[-1]["seconds"]["validations"] == checks.spent <= 0.3 * records[-1]["seconds"]["run"]
+    told_lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("validation: ")]
+    assert (
+        len(told_lines) == 1
+        and f"of the 10 asked for), each 2 prompts × 2 seeds × {whole[0][2]} of 20" in told_lines[0]
+    )
+
+
+def test_where_one_validation_exceeds_the_budget_the_last_step_has_it(options, told, capsys, monkeypatch):
+    clock = WorkClock(monkeypatch, training_step=1.0, denoising_step=10.0)
+    told = replace(told, validation_steps=20, validation_budget=0.1)
+    checks = IdentityValidation.open(replace(options, steps=6), told, clock)
+    train_lora(checks.options, checks)
+    assert checks.finish()["step"] == 6 and [one["step"] for one in lines_of(options.output)] == [0, 6]
+    assert "exceeds --validation-budget 0.1" in capsys.readouterr().err
+
+
+def test_a_step_that_could_not_be_measured_never_loses(options, told, capsys, monkeypatch):
+    """Memory runs out for the last one's pictures; everything before is measured."""
+    draws = []
+
+    def draw(*arguments, **more):
+        draws.append(0)
+        if len(draws) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return draw_samples(*arguments, **more)
+
+    monkeypatch.setattr(validation, "draw_samples", draw)
+    checks = run(replace(options, steps=3), told)
+    assert [one["step"] for one in lines_of(options.output)] == [0, 1, 2]
+    assert read_metadata(options.output)["steps"] == 3 and not (options.output / "last").exists()
+    heard = capsys.readouterr().err
+    assert "step 3: not measured" in heard and "step 3, the last, was not measured: it is kept" in heard
+    assert checks.finish() is None
+
+
+def test_where_nothing_could_be_measured_the_last_is_written_and_said(options, told, capsys, monkeypatch):
+    def draw(*arguments, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(validation, "draw_samples", draw)
+    assert run(options, told).finish() is None
+    assert read_metadata(options.output)["steps"] == 4 and not (options.output / validation.JOURNAL).exists()
+    heard = capsys.readouterr().err
+    assert "base model: not measured" in heard and "nothing was measured" in heard
+
+
+def test_other_errors_than_memory_are_raised(options, told, monkeypatch):
+    def draw(*arguments, **more):
+        raise RuntimeError("mat1 and mat2 must have the same dtype")
+
+    monkeypatch.setattr(validation, "draw_samples", draw)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        run(options, told)
+
+
+def test_a_resumed_run_keeps_its_plan_on_a_slower_machine(options, told, capsys, monkeypatch):
+    told = replace(told, validation_steps=20, validation_budget=0.3)
+    options = replace(options, steps=8, checkpoint_every=3, keep_checkpoints=True)
+    clock = WorkClock(monkeypatch, training_step=40.0, denoising_step=1.0)
+    checks = IdentityValidation.open(options, told, clock)
+    train_lora(options, checks, on_step=lambda step, loss: step < 4)
+    plan, drawn = lines_of(options.output)[0]["plan"], len(clock.drawn)
+    assert clock.drawn[-1][2] == plan["denoising_steps"] < 20
+
+    slower = WorkClock(monkeypatch, training_step=1.0, denoising_step=5.0)
+    again = IdentityValidation.open(replace(options, resume=True), told, slower)
+    train_lora(again.options, again)
+    assert set(slower.drawn) == {clock.drawn[-1]} and drawn
+    assert [one["step"] for one in lines_of(options.output)] == [0, *plan["steps"]]
+    assert f"as planned before, after steps {plan['steps'][0]}" in capsys.readouterr().err
 
 
 class Interruption(Exception):
@@ -317,12 +399,12 @@ def test_a_resumed_run_goes_on_with_its_best_and_its_patience(patience, options,
 
 
 def test_a_resumed_run_measures_what_it_measured_before(options, told):
-    train_lora(replace(options, checkpoint_every=2, keep_checkpoints=True), IdentityValidation(options, told))
+    train_lora(replace(options, checkpoint_every=2, keep_checkpoints=True), IdentityValidation.open(options, told))
     resumed = replace(options, resume=True)
-    IdentityValidation(resumed, replace(told, patience=3))
+    IdentityValidation.open(resumed, replace(told, patience=3))
     for change, flag in (({"validation_seeds": 3}, "--validation-seeds"), ({"validation_steps": 2}, "--validation-st")):
         with pytest.raises(InputError, match=f"--resume: {flag}"):
-            IdentityValidation(resumed, replace(told, **change))
+            IdentityValidation.open(resumed, replace(told, **change))
 
 
 def test_a_fresh_run_forgets_the_one_it_replaces(options, told):
@@ -330,6 +412,13 @@ def test_a_fresh_run_forgets_the_one_it_replaces(options, told):
     run(replace(options, steps=2), told)
     assert [one["step"] for one in lines_of(options.output)] == [0, 1, 2]
     assert not (options.output / "validation" / "step-000004.png").exists()
+
+
+def test_opening_writes_and_removes_nothing(options, told):
+    run(options, told)
+    before = {path: path.stat().st_mtime_ns for path in options.output.rglob("*")}
+    IdentityValidation.open(options, replace(told, tensorboard=True))
+    assert {path: path.stat().st_mtime_ns for path in options.output.rglob("*")} == before
 
 
 def test_a_refused_fresh_run_forgets_nothing(options, told):
@@ -387,7 +476,7 @@ def test_the_validation_loss_is_of_the_pictures_given_and_always_the_same(option
 )
 def test_what_cannot_be_measured_is_refused_before_training(change, flag, options, told):
     with pytest.raises(InputError, match=flag) as error:
-        IdentityValidation(options, replace(told, **change))
+        IdentityValidation.open(options, replace(told, **change))
     assert "\n" not in str(error.value)
 
 

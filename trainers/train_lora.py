@@ -57,7 +57,7 @@ def print_plan(arguments: Arguments) -> None:
 def run(arguments: Arguments) -> None:
     """Train, and put the checkpoint to keep into the output folder."""
     validates = bool(arguments.lora.validate_every)
-    validation = IdentityValidation(arguments.lora, arguments.validation) if validates else None
+    validation = IdentityValidation.open(arguments.lora, arguments.validation) if validates else None
     folder = train_lora(arguments.lora, validation)
     if not PartialState().is_main_process:
         return

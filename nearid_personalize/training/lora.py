@@ -12,12 +12,12 @@ uninterrupted one. What differs between model families is in `families`; what FS
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -67,11 +67,12 @@ from nearid_personalize.training.lora_options import LoraOptions
 from nearid_personalize.training.noising import noising_of
 from nearid_personalize.training.reward import Enrolled, IdentityTerm, enroll_reward
 from nearid_personalize.training.sharding import average_gradients, follow, lead, requested_sharding, shard_frozen
+from nearid_personalize.training.validation_plan import asked_steps
 
 __all__ = ["WEIGHTS_NAME", "LoraOptions", "Snapshot", "load_lora", "read_metadata", "save_lora", "train_lora"]
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-LOSS_BATCHES = 8  # passes over the pictures of a validation loss: noise levels are what it varies with
+LOSS_DRAWS = 16  # noised pictures of a validation loss, at least; more would cost what drawing pictures needs
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,20 @@ OnStep = Callable[[int, float], bool | None]
 """Told of every step, counted from 1, and its loss; False ends the training there. All processes must answer alike."""
 Validate = Callable[[Snapshot], bool | None]
 """Called by the main process every `validate_every` steps and after the last; False ends the training there."""
+
+
+@runtime_checkable
+class PlannedValidate(Protocol):
+    """A `Validate` that says itself after which steps it is called."""
+
+    clock: Callable[[], float]
+    """Tells seconds."""
+
+    def plan(self, snapshot: Snapshot, training_step: float) -> Sequence[int]:
+        """The steps, asked once by the main process before training begins. training_step: seconds of a step."""
+
+    def __call__(self, snapshot: Snapshot) -> bool | None:
+        """Look at a step; False ends the training there."""
 
 
 # --- base model ------------------------------------------------------------------------------------------------------
@@ -232,6 +247,21 @@ class LoraRun:
 
     def take_step(self, step: int) -> float:
         """Do optimizer step number `step`, counted from 1; return the loss of its last forward pass."""
+        loss = self.add_gradients(step)
+        if self.sharding:
+            average_gradients(self.trained, self.accelerator)
+        self.scaler.unscale_(self.optimizer)
+        self.accelerator.clip_grad_norm_(self.trained, 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.step(self.trained)
+        return loss.item()
+
+    def add_gradients(self, step: int) -> Tensor:
+        """Do the passes of optimizer step number `step`, forward and back; return the loss of the last."""
         accelerator, passes = self.accelerator, self.options.gradient_accumulation_steps
         if self.reward and self.reward.due(step):
             self.add_reward(self.reward, step)
@@ -241,17 +271,28 @@ class LoraRun:
             with nullcontext() if index + 1 == step * passes else accelerator.no_sync(self.model):
                 loss = batch_loss(self.predict(batch), batch, self.options.prior_weight)
                 accelerator.backward(self.scaler.scale(loss / passes))
-        if self.sharding:
-            average_gradients(self.trained, accelerator)
-        self.scaler.unscale_(self.optimizer)
-        accelerator.clip_grad_norm_(self.trained, 1.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.schedule.step()
+        return loss
+
+    def seconds_per_step(self, clock: Callable[[], float]) -> float:
+        """The time of an optimizer step, on average over the run, from passes that leave no trace; in every process."""
+        options = self.options
+        with torch.random.fork_rng():
+            self.seconds_of(1, clock)  # the first is slower
+            plain = self.seconds_of(1, clock)
+            if self.reward is None:
+                return plain
+            rewarded = self.seconds_of(options.first_reward_step, clock)
+        share = (1 - options.reward_warmup) / options.reward_every
+        return plain + share * (rewarded - plain)
+
+    def seconds_of(self, step: int, clock: Callable[[], float]) -> float:
+        """The time of the passes of a step, whose gradients are thrown away."""
+        began, device = clock(), self.accelerator.device
+        self.add_gradients(step)
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize()
         self.optimizer.zero_grad()
-        if self.ema:
-            self.ema.step(self.trained)
-        return loss.item()
+        return clock() - began
 
     def add_reward(self, reward: IdentityTerm, step: int) -> None:
         """Add the reward's gradient of optimizer step number `step`; the passes that follow synchronise it."""
@@ -301,7 +342,8 @@ class LoraRun:
         """
         options = replace(self.options, prior_pictures=0, class_prompts=(), batch_size=len(pictures))
         data, table = prepare_data(self.family, options, pictures, self.accelerator)
-        batches = [make_batch(data, self.noising, options, turn) for turn in range(LOSS_BATCHES)]
+        passes = math.ceil(LOSS_DRAWS / len(pictures))
+        batches = [make_batch(data, self.noising, options, turn) for turn in range(passes)]
         losses = [batch_loss(self.ask(self.adapted, table, batch), batch, 0.0) for batch in batches]
         return float(torch.stack(losses).mean())
 
@@ -335,19 +377,47 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def ask_main_process(run: LoraRun, look: Callable[[DiffusionPipeline], Any]) -> Any:
+    """What `look` answers in the main process, lent the pipeline; every process learns it."""
+    answer: list[Any] = [None]
+    if run.accelerator.is_main_process:
+        with run.ready_to_draw() as pipe:
+            answer[0] = look(pipe)
+    elif run.sharding:
+        follow(run.family.denoiser, run.accelerator.device)
+    return broadcast_object_list(answer)[0]
+
+
+def snapshot_of(run: LoraRun, pipe: DiffusionPipeline, step: int, loss: float) -> Snapshot:
+    """What a validation sees of a run."""
+    looks = {"guard_reward": partial(run.reward.guard.look, step)} if run.reward else {}
+    return Snapshot(
+        pipe=pipe, step=step, loss=loss, save=partial(run.write_lora, step=step), loss_on=run.loss_on, **looks
+    )
+
+
+def steps_to_validate(run: LoraRun, validate: Validate | None, step: int) -> frozenset[int]:
+    """After which steps the main process validates a run with `step` steps behind it; every process learns them."""
+    asked = asked_steps(run.options.validate_every, run.options.steps)
+    if validate is None or not asked:
+        return frozenset()
+    if not isinstance(validate, PlannedValidate):
+        return frozenset(asked)
+    planned, seconds = validate, run.seconds_per_step(validate.clock)
+    return frozenset(
+        ask_main_process(run, lambda pipe: tuple(planned.plan(snapshot_of(run, pipe, step, math.nan), seconds)))
+    )
+
+
 def goes_on(run: LoraRun, validate: Validate, step: int, loss: float) -> bool:
     """Let the main process validate; every process learns whether training goes on, and whether its reward does."""
     guard = run.reward.guard if run.reward else None
-    looks = {"guard_reward": partial(guard.look, step)} if guard else {}
-    answer: list[Any] = [True, None]
-    if run.accelerator.is_main_process:
-        with run.ready_to_draw() as pipe:
-            save = partial(run.write_lora, step=step)
-            answer[0] = validate(Snapshot(pipe, step, loss, save, run.loss_on, **looks)) is not False
-        answer[1] = guard and guard.stopped_at
-    elif run.sharding:
-        follow(run.family.denoiser, run.accelerator.device)
-    going, stopped_at = broadcast_object_list(answer)
+
+    def look(pipe: DiffusionPipeline) -> tuple[bool, int | None]:
+        going = validate(snapshot_of(run, pipe, step, loss)) is not False
+        return going, guard.stopped_at if guard else None
+
+    going, stopped_at = ask_main_process(run, look)
     if guard:
         guard.stopped_at = stopped_at
     return going
@@ -356,7 +426,7 @@ def goes_on(run: LoraRun, validate: Validate, step: int, loss: float) -> bool:
 def train_lora(options: LoraOptions, validate: Validate | None = None, on_step: OnStep | None = None) -> Path:
     """Train as `options` say; return the folder that holds `pytorch_lora_weights.safetensors`.
 
-    validate: sees the run every `validate_every` steps and after the last, and may end it.
+    validate: sees the run every `validate_every` steps and after the last, or as it plans, and may end it.
     on_step: may end it at any step, without a last look.
 
     Raises InputError for unusable references, base model, token, checkpoint or output folder.
@@ -376,6 +446,7 @@ def train_lora(options: LoraOptions, validate: Validate | None = None, on_step: 
         if checkpoint is not None:
             accelerator.load_state(str(checkpoint))
             step = checkpoint_step(checkpoint)
+        looked_at = steps_to_validate(run, validate, step)
 
         progress = tqdm(initial=step, total=options.steps, desc="LoRA", disable=not accelerator.is_local_main_process)
         while step < options.steps:
@@ -386,8 +457,7 @@ def train_lora(options: LoraOptions, validate: Validate | None = None, on_step: 
             if on_step is not None and on_step(step, loss) is False:
                 break
             # Before the checkpoint, which keeps what the validation made of the reward
-            looked_at = options.validate_every and (step % options.validate_every == 0 or step == options.steps)
-            if validate and looked_at and not goes_on(run, validate, step, loss):
+            if validate and step in looked_at and not goes_on(run, validate, step, loss):
                 break
             if options.checkpoint_every and step % options.checkpoint_every == 0 and step < options.steps:
                 save_checkpoint(accelerator, options, step, same, partial(run.write_lora, step=step))

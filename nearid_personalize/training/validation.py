@@ -3,23 +3,27 @@
 Loss does not say which checkpoint is the subject; the pictures do. Every so many steps the same seeds and prompts are
 drawn and measured (`samples`): identity against the references, beside it how alike the references are to each other,
 adherence to the prompts, copies of references, diversity. What the base model draws without the LoRA comes first, as
-step 0: the floors are set from it. The checkpoint kept is the best by identity among those that pass the floors.
+step 0: the floors are set from it. How much is drawn, and how often, is planned before the first training step
+(`validation_plan`). The checkpoint kept is the best by identity among those that pass the floors.
 
-All that is known lies in OUTPUT/validation.jsonl, one line a validation, so an interrupted run goes on from there: a
-step that has its line is not drawn again, and no step has two. A kept LoRA is written before the line that says so.
+All that is known lies in OUTPUT/validation.jsonl, one line a validation, the plan in the first; so an interrupted run
+goes on from there: a step that has its line is not drawn again, and no step has two. A kept LoRA is written before the
+line that says so.
 """
 
 import json
-import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate import PartialState
+from accelerate.utils.memory import should_reduce_batch_size
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import offload_models
 from torch import nn
@@ -30,17 +34,35 @@ from nearid_personalize.errors import InputError
 from nearid_personalize.floors import TextImageEncoder
 from nearid_personalize.images import load_image, save_image, to_tensor, write_atomically
 from nearid_personalize.report import COLUMNS, Tile, contact_sheet, finite_or_none
-from nearid_personalize.samples import SampleScores, adherence, default_prompts, draw_samples, measure_samples
-from nearid_personalize.scorer import IdentityScorer
+from nearid_personalize.samples import SampleScores, default_prompts, draw_samples, measure_samples
+from nearid_personalize.scorer import IdentityScorer, Subject
 from nearid_personalize.training.cached import Picture, read_references
 from nearid_personalize.training.families import family_class
-from nearid_personalize.training.lora import WEIGHTS_NAME, Snapshot
-from nearid_personalize.training.lora_checkpoints import checkpoints
+from nearid_personalize.training.lora import WEIGHTS_NAME, Snapshot, read_metadata
 from nearid_personalize.training.lora_options import LoraOptions, require
+from nearid_personalize.training.validation_plan import (
+    Cost,
+    ValidationPlan,
+    Wanted,
+    asked_steps,
+    describe,
+    least_before,
+    listed,
+    plan_validations,
+    spaced,
+)
+from nearid_personalize.training.validation_records import (
+    Journal,
+    Limits,
+    Record,
+    best_of,
+    headline,
+    out_of_patience,
+    verdict,
+)
 
 JOURNAL, BEST, LAST, PICTURES = "validation.jsonl", "best", "last", "validation"
-Record = dict[str, Any]
-"""One line of the journal."""
+PROBE_STEPS = 2, 5  # denoising steps of the pictures that are timed before the run
 
 
 @dataclass(frozen=True)
@@ -52,13 +74,13 @@ class ValidationOptions:
     text_image_model: str | None = None
     """SigLIP or CLIP that scores adherence: folder, Hub id, or "miniworld". None: not measured for real models."""
     validation_prompts: tuple[str, ...] = ()
-    """Prompts to draw, with the token. None given: a default set for living subjects, or for things."""
+    """Prompts to draw, with the token; some of them where the budget is small. None given: a default set."""
     living: bool = True
     """The subject is an animal or a person; decides which default prompts."""
     validation_seeds: int = 2
-    """Pictures per prompt, from seeds 0, 1, ...; diversity needs two."""
+    """Most pictures per prompt, from seeds 0, 1, ...; diversity needs two."""
     validation_steps: int = 25
-    """Denoising steps per picture."""
+    """Most denoising steps per picture."""
     validation_guidance_scale: float | None = None
     """Classifier-free guidance. None: the pipeline's own."""
     validation_batch_size: int = 8
@@ -66,7 +88,8 @@ class ValidationOptions:
     validation_photos: Path | None = None
     """Photos of the subject that are not trained on, for the validation loss. None: the references."""
     validation_budget: float = 0.1
-    """Largest share of the run's time, in (0, 1]; a validation that would exceed it is skipped. The first is not."""
+    """Share of the run's time, in (0, 1], that denoising steps, prompts, seeds and number of validations are cut down
+    to; the last step is validated whatever it costs. 1: everything as asked for."""
     adherence_floor: float = 0.5
     """Share of the base model's lead in adherence over the reference photos that must be left, in [0, 1]."""
     diversity_floor: float = 0.1
@@ -108,149 +131,166 @@ def without_word(prompt: str, word: str) -> str:
     return " ".join(other for other in prompt.split() if other != word)
 
 
-# --- decisions -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a checkpoint's pictures must keep: least adherence (None: not measured) and diversity, most copies."""
-
-    adherence: float | None
-    diversity: float | None
-    copy_rate: float
-
-    @classmethod
-    def from_base(cls, base: Record, options: ValidationOptions) -> "Limits":
-        """From the record of step 0.
-
-        A base model that shows the prompts no better than the reference photos do sets no floor on adherence.
-        """
-        own, photos, diversity = base["adherence"], base["adherence_of_references"], base["diversity"]
-        leads = own is not None and own > photos
-        return cls(
-            photos + options.adherence_floor * (own - photos) if leads else None,
-            None if diversity is None else options.diversity_floor * diversity,
-            min(1.0, base["copy_rate"] + options.copy_ceiling),
-        )
-
-    def refusal(self, record: Record) -> str:
-        """Why a checkpoint may not be kept; "" when it may."""
-        if self.adherence is not None and record["adherence"] < self.adherence:
-            return f"adherence {record['adherence']:.3f} below {self.adherence:.3f}"
-        if self.diversity is not None and record["diversity"] < self.diversity:
-            return f"diversity {record['diversity']:.3f} below {self.diversity:.3f}"
-        if record["copy_rate"] > self.copy_rate:
-            return f"{record['copy_rate']:.0%} copies, above {self.copy_rate:.0%}"
-        return ""
-
-
-def best_of(records: Sequence[Record]) -> Record | None:
-    """The checkpoint with the highest identity of those that pass the floors, the earliest of equals."""
-    kept = [record for record in records if record["step"] and not record["refused"]]
-    return max(kept, key=lambda record: record["identity"], default=None)
-
-
-def out_of_patience(records: Sequence[Record], patience: int) -> bool:
-    """Whether the last `patience` validations brought no new best."""
-    best = best_of(records)
-    since = sum(record["step"] > (best["step"] if best else 0) for record in records)
-    return 0 < patience <= since
-
-
-def exceeds_budget(spent: float, cost: float, elapsed: float, budget: float) -> bool:
-    """Whether one more validation makes their share of the run's time larger than `budget`.
-
-    spent: seconds of the validations so far. cost: of the next. elapsed: of the run so far, `spent` included.
-    """
-    return cost > 0 and spent + cost > budget * (elapsed + cost)
-
-
-# --- the journal -----------------------------------------------------------------------------------------------------
-
-
-class Journal:
-    """JSON lines, appended whole and at once on the disk; a last line cut short by a kill is dropped."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.records: list[Record] = []
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            self.records = [json.loads(line) for line in whole]
-            if len(whole) < len(lines):
-                write_atomically(path, "".join(whole))
-
-    def append(self, record: Record) -> None:
-        """Add one line."""
-        self.records.append(record)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def until(self, step: int) -> list[Record]:
-        """The records of steps up to `step`."""
-        return [record for record in self.records if record["step"] <= step]
-
-
 # --- the validation --------------------------------------------------------------------------------------------------
 
 
+@dataclass
 class IdentityValidation:
     """The `validate` of `train_lora`: called with a `Snapshot`, False once patience is out.
 
-    Afterwards `finish` puts the kept checkpoint in its place. `clock` tells seconds; a run begins where this object is
-    made. Raises InputError for models that cannot be loaded, prompts without the token, and a resumed run that
-    measured something else before.
+    `train_lora` asks it to `plan` first; afterwards `finish` puts the kept checkpoint in its place. Made by `open`.
+    clock: tells seconds. spent: seconds of all validations so far, and of measuring what they cost.
     """
 
-    def __init__(
-        self, options: LoraOptions, validation: ValidationOptions, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
-        self.options, self.validation, self.clock = options, validation, clock
-        self.output = options.output
-        self.prompts = validation.prompts_for(options)
+    options: LoraOptions
+    validation: ValidationOptions
+    prompts: tuple[str, ...]
+    scorer: IdentityScorer
+    text_image: TextImageEncoder | None
+    references: list[Any]
+    subject: Subject
+    loss_pictures: list[Picture]
+    journal: Journal
+    clock: Callable[[], float] = time.perf_counter
+    started: float = 0.0
+    spent: float = 0.0
+    writer: Any = None
+
+    @classmethod
+    def open(
+        cls, options: LoraOptions, validation: ValidationOptions, clock: Callable[[], float] = time.perf_counter
+    ) -> "IdentityValidation":
+        """Load the models and enroll the references; nothing is written yet.
+
+        Raises InputError for models that cannot be loaded, prompts without the token, a missing tensorboard, and a
+        resumed run that measured something else before.
+        """
+        prompts = validation.prompts_for(options)
         if validation.validation_model is None:
             raise InputError('--validation-model: give a NearID model, e.g. Aleksandar/nearid-siglip2, or "miniworld"')
-        self.scorer = IdentityScorer.from_pretrained(validation.validation_model)
+        if validation.tensorboard and find_spec("tensorboard") is None:
+            raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard")
+        scorer = IdentityScorer.from_pretrained(validation.validation_model)
         named = validation.text_image_model
-        self.text_image = TextImageEncoder.from_pretrained(named) if named else None
-        self.references = [picture.image for picture in read_references(options)]
-        self.subject = self.scorer.enroll(self.references)
-        self.loss_pictures = read_loss_pictures(options, validation)
-        if not options.resume and not checkpoints(self.output):
-            forget(self.output)  # of an earlier run that this one replaces
-        self.journal = Journal(self.output / JOURNAL)
-        self.check_comparable()
-        self.writer = open_tensorboard(self.output) if validation.tensorboard else None
-        last = self.journal.records[-1]["seconds"] if self.journal.records else {"run": 0.0, "validations": 0.0}
-        self.started, self.spent = clock() - last["run"], last["validations"]
-        self.cost = 0.0
+        references = [picture.image for picture in read_references(options)]
+        journal = Journal.read(options.output / JOURNAL) if options.resume else Journal(options.output / JOURNAL)
+        check_comparable(journal.records, validation.measured(prompts))
+        return cls(
+            options=options,
+            validation=validation,
+            prompts=prompts,
+            scorer=scorer,
+            text_image=TextImageEncoder.from_pretrained(named) if named else None,
+            references=references,
+            subject=scorer.enroll(references),
+            loss_pictures=read_loss_pictures(options, validation),
+            journal=journal,
+            clock=clock,
+        )
+
+    @property
+    def output(self) -> Path:
+        """The run's folder."""
+        return self.options.output
 
     @property
     def leave_one_out(self) -> float:
         """How alike the references are to each other: their mean score against the others, NaN for a lone one."""
         return float(self.subject.reference_scores.mean())
 
-    def check_comparable(self) -> None:
-        """Refuse to go on with other prompts, models or seeds than the journal's."""
-        now = self.validation.measured(self.prompts)
-        for name, was in self.journal.records[0]["measured"].items() if self.journal.records else ():
-            if was != now[name]:
-                flag = f"--{name.replace('_', '-')}"
-                raise InputError(f"--resume: {flag} was {was!r}, now {now[name]!r}; keep it as it was")
+    # --- before the first step
+
+    def plan(self, snapshot: Snapshot, training_step: float) -> tuple[int, ...]:
+        """Begin the run, or go on with it; the steps to be called after. Called once, by the main process.
+
+        training_step: seconds of an optimizer step. A fresh run removes what an earlier one left, measures what a
+        validation costs, and the base model. A resumed one keeps the plan of its journal.
+        """
+        self.begin()
+        if self.journal.records:
+            say(f"validation: as planned before, after {listed(self.planned.steps)}")
+            return self.planned.steps
+        wanted = self.wanted(snapshot.step)
+        if not attempted(lambda: self.measure_base(snapshot, wanted, training_step), "base model"):
+            return ()
+        say(describe(self.planned, wanted))
+        return self.planned.steps
+
+    def begin(self) -> None:
+        """Start the clock where it stood, open TensorBoard, forget a run that this one replaces."""
+        if not self.options.resume:
+            forget(self.output)
+        records = self.journal.records
+        last = records[-1]["seconds"] if records else {"run": 0.0, "validations": 0.0}
+        self.started, self.spent = self.clock() - last["run"], last["validations"]
+        if self.validation.tensorboard:
+            self.writer = open_tensorboard(self.output)
+
+    def wanted(self, done: int) -> Wanted:
+        """What was asked for, of a run with `done` steps behind it."""
+        options, validation = self.options, self.validation
+        every = asked_steps(options.validate_every, options.steps)
+        # What a reward loses is measured against a validation before it
+        rewards = options.reward_weight > 0 and options.first_reward_step - 1 > done
+        return Wanted(
+            steps=tuple(step for step in every if step > done),
+            prompts=self.prompts,
+            seeds=validation.validation_seeds,
+            denoising_steps=validation.validation_steps,
+            budget=validation.validation_budget,
+            patience=validation.patience,
+            least=least_before(options.first_reward_step - done, options.steps - done) if rewards else 1,
+            done=done,
+        )
+
+    @property
+    def planned(self) -> ValidationPlan:
+        """What every validation of the run draws, and when; known once the base model is measured."""
+        return ValidationPlan.from_dict(self.journal.records[0].get("plan"))
+
+    def measure_base(self, snapshot: Snapshot, wanted: Wanted, training_step: float) -> None:
+        """Fit the validations to the budget and make the record of step 0; what that took then says how many follow."""
+        cost = Cost(fixed=0.0, picture=0.0, denoising_step=0.0, training_step=training_step)
+        if wanted.budget < 1:
+            cost = self.measure_cost(snapshot, training_step)
+        self.spent = self.clock() - self.started
+        plan = plan_validations(wanted, cost, self.spent)
+        with without_lora(snapshot.pipe):
+            base, began = self.measure(snapshot, 0, plan)
+        seconds = self.clock() - began
+        plan = spaced(plan, wanted, training_step, max(seconds, plan.seconds), self.spent + seconds)
+        self.write({**base, "plan": plan.to_dict(), "measured": self.validation.measured(self.prompts)}, began)
+
+    def measure_cost(self, snapshot: Snapshot, training_step: float) -> Cost:
+        """Time pictures of few denoising steps, the score of one, and the validation loss; the first is a warm-up."""
+        few, many = PROBE_STEPS
+        probe = ValidationPlan(steps=(), prompts=self.prompts[:1], seeds=1, denoising_steps=few, seconds=0.0, share=0.0)
+        longer = replace(probe, denoising_steps=many)
+        images = self.draw(snapshot, probe)
+        _, short = self.timed(lambda: self.draw(snapshot, probe))
+        _, long = self.timed(lambda: self.draw(snapshot, longer))
+        _, scoring = self.timed(lambda: self.score(snapshot, images, probe))
+        _, loss = self.timed(lambda: snapshot.loss_on(self.loss_pictures))
+        step = max(0.0, (long - short) / (many - few))
+        return Cost(
+            fixed=loss,
+            picture=max(0.0, short + scoring - few * step),
+            denoising_step=step,
+            training_step=training_step,
+        )
+
+    def timed(self, work: Callable[[], Any]) -> tuple[Any, float]:
+        """What `work` returns, and its seconds."""
+        began = self.clock()
+        result = work()
+        return result, self.clock() - began
+
+    # --- after a step
 
     def __call__(self, snapshot: Snapshot) -> bool:
         """Draw, measure, log, keep; whether the training goes on."""
         if all(record["step"] != snapshot.step for record in self.journal.records):
-            elapsed = self.clock() - self.started
-            if exceeds_budget(self.spent, self.cost, elapsed, self.validation.validation_budget):
-                share = (self.spent + self.cost) / (elapsed + self.cost)
-                budget = self.validation.validation_budget
-                say(f"step {snapshot.step}: validation skipped, would be {share:.0%} of the run, above {budget:.0%}")
-                return True
-            self.validate(snapshot)
+            attempted(lambda: self.validate(snapshot), f"step {snapshot.step}")
         for record in self.journal.records:
             if record["step"] != snapshot.step:
                 continue
@@ -260,61 +300,69 @@ class IdentityValidation:
         return not out_of_patience(self.journal.until(snapshot.step), self.validation.patience)
 
     def validate(self, snapshot: Snapshot) -> None:
-        """Make the record of a step, and before the first that of the base model."""
-        if not self.journal.records:
-            with without_lora(snapshot.pipe):
-                base, began, images = self.measure(snapshot, 0)
-            self.write({**base, "measured": self.validation.measured(self.prompts)}, began, images)
-        record, began, images = self.measure(snapshot, snapshot.step)
+        """Make the record of a step, and keep its checkpoint where it is the best."""
+        record, began = self.measure(snapshot, snapshot.step, self.planned)
         record |= {"refused": Limits.from_base(self.journal.records[0], self.validation).refusal(record)}
         before = self.journal.until(snapshot.step)
         if best_of([*before, record]) is record:
             snapshot.save(self.output / BEST, validation=self.told(record))
-        self.write(record, began, images)
-        self.cost = self.clock() - began
+        self.write(record, began)
 
-    def measure(self, snapshot: Snapshot, step: int) -> tuple[Record, float, list[list[Any]]]:
-        """Draw and measure; the record so far, the time it began, and the pictures."""
+    def measure(self, snapshot: Snapshot, step: int, plan: ValidationPlan) -> tuple[Record, float]:
+        """Draw and measure; the record so far, and the time it began."""
         began = self.clock()
-        pipe, validation = snapshot.pipe, self.validation
-        scale = validation.validation_guidance_scale
-        guidance = {} if scale is None else family_class(type(pipe).__name__, "")(pipe).guidance(scale)
-        images = draw_samples(
-            pipe,
-            self.prompts,
-            range(validation.validation_seeds),
-            validation.validation_batch_size,
-            num_inference_steps=validation.validation_steps,
-            **guidance,
-        )
-        texts = [without_word(prompt, self.options.token) for prompt in self.prompts]
-        models = [self.scorer.model, *([self.text_image.model] if self.text_image else [])]
-        with offload_models(*models, device=find_denoiser(pipe).device):
-            scores = measure_samples(images, texts, self.scorer, self.subject, self.references, self.text_image)
-            photos = adherence([self.references] * len(texts), texts, self.text_image) if self.text_image else None
+        images = self.draw(snapshot, plan)
+        scores, photos = self.score(snapshot, images, plan)
         record = {
             "step": step,
             "leave_one_out": finite_or_none(self.leave_one_out),
             "threshold": self.subject.threshold,
             **scores.to_dict(),
-            "adherence_of_references": None if photos is None else float(photos.mean()),
+            "adherence_of_references": photos,
             "loss": snapshot.loss if step else None,
             "validation_loss": snapshot.loss_on(self.loss_pictures),
             "refused": "",
         }
-        self.draw_sheet(images, scores, record)
-        return record, began, images
+        self.draw_sheet(images, scores, record, plan)
+        return record, began
 
-    def draw_sheet(self, images: Sequence[Sequence[Any]], scores: SampleScores, record: Record) -> None:
+    def draw(self, snapshot: Snapshot, plan: ValidationPlan) -> list[list[Any]]:
+        """The pictures of a plan, [prompts][seeds]."""
+        pipe, validation = snapshot.pipe, self.validation
+        scale = validation.validation_guidance_scale
+        guidance = {} if scale is None else family_class(type(pipe).__name__, "")(pipe).guidance(scale)
+        return draw_samples(
+            pipe,
+            plan.prompts,
+            range(plan.seeds),
+            validation.validation_batch_size,
+            num_inference_steps=plan.denoising_steps,
+            **guidance,
+        )
+
+    def score(
+        self, snapshot: Snapshot, images: Sequence[Sequence[Any]], plan: ValidationPlan
+    ) -> tuple[SampleScores, float | None]:
+        """What pictures are worth, and the adherence of the reference photos to their prompts."""
+        texts = [without_word(prompt, self.options.token) for prompt in plan.prompts]
+        models = [self.scorer.model, *([self.text_image.model] if self.text_image else [])]
+        with offload_models(*models, device=find_denoiser(snapshot.pipe).device):
+            scores = measure_samples(images, texts, self.scorer, self.subject, self.references, self.text_image)
+            if self.text_image is None:
+                return scores, None
+            photos = self.text_image.embed_images(self.references) @ self.text_image.embed_texts(texts).T
+        return scores, float(photos.mean())
+
+    def draw_sheet(
+        self, images: Sequence[Sequence[Any]], scores: SampleScores, record: Record, plan: ValidationPlan
+    ) -> None:
         """Write OUTPUT/validation/step-000100.png: the references, then a row of pictures per prompt."""
-        same = len(shared_beginning(self.prompts))  # there is little room for names
-        tiles = [
-            Tile(
-                image, f"seed {seed}: {prompt[same:]}", float(scores.identity[row, seed]), status_of(scores, row, seed)
-            )
-            for row, prompt in enumerate(self.prompts)
-            for seed, image in enumerate(images[row])
-        ]
+        same = len(shared_beginning(plan.prompts))  # there is little room for names
+        tiles = []
+        for row, prompt in enumerate(plan.prompts):
+            for seed, image in enumerate(images[row]):
+                title, identity = f"seed {seed}: {prompt[same:]}", float(scores.identity[row, seed])
+                tiles.append(Tile(image, title, identity, status_of(scores, row, seed)))
         title = f"{headline(record)}; threshold {self.subject.threshold:.3f}"
         columns = len(images[0]) * max(1, COLUMNS // len(images[0]))  # the seeds of a prompt beside each other
         sheet = contact_sheet(self.references, tiles, title, self.subject.threshold, columns, "Prompt by prompt")
@@ -326,31 +374,43 @@ class IdentityValidation:
         names = ("step", "identity", "leave_one_out", "threshold", "accept_rate", "copy_rate", "adherence", "diversity")
         return {name: record[name] for name in names} | {"scorer": self.validation.validation_model}
 
-    def write(self, record: Record, began: float, images: Sequence[Sequence[Any]]) -> None:
+    def write(self, record: Record, began: float) -> None:
         """Add a record to the journal and to TensorBoard, and say it."""
         now = self.clock()
         self.spent += now - began
         seconds = {"validation": now - began, "validations": self.spent, "run": now - self.started}
-        self.journal.append({**record, "seconds": {name: round(value, 3) for name, value in seconds.items()}})
-        best = best_of(self.journal.records)
-        verdict = record["refused"] or ("best so far" if best and best["step"] == record["step"] else "")
-        say(headline(record) + (f"; {verdict}" if verdict else ""))
+        record = {**record, "seconds": {name: round(value, 3) for name, value in seconds.items()}}
+        self.journal.append(record)
+        stands = verdict(record, self.journal.records)
+        say(headline(record) + (f"; {stands}" if stands else ""))
         if self.writer:
             log_to_tensorboard(self.writer, record, self.output / PICTURES)
+
+    # --- after the last
 
     def finish(self) -> Record | None:
         """Put the checkpoint to keep into OUTPUT; returns its record, None where it is the last one.
 
-        To be called once training is done, by the main process.
+        A checkpoint that was not measured never loses to one that was. To be called once training is done, by the main
+        process.
         """
         if self.writer:
             self.writer.close()
-        best = best_of(self.journal.records)
         if self.validation.keep == "last":
             return None
-        if best is None:
-            say("no checkpoint passed the floors; the last one is kept" if self.journal.records else "none validated")
+        records = self.journal.records
+        best, last = best_of(records), read_metadata(self.output)["steps"]
+        if not records:
+            say("nothing was measured; the last checkpoint is kept")
             return None
+        if all(record["step"] != last for record in records):
+            say(f"step {last}, the last, was not measured: it is kept, for nothing measured is known to be better")
+            return None
+        if best is None:
+            say("no checkpoint passed the floors; the last one is kept")
+            return None
+        if best["identity"] < records[0]["identity"]:
+            say(f"no checkpoint lies above the base model; the best of them, of step {best['step']}, is kept")
         promote(self.output)
         return best
 
@@ -361,15 +421,6 @@ class IdentityValidation:
 def say(line: str) -> None:
     """A line on stderr that leaves progress bars whole."""
     tqdm.write(line, file=sys.stderr)
-
-
-def headline(record: Record) -> str:
-    """One line: the figures of a validation."""
-    photos = record["leave_one_out"]
-    parts = [f"identity {record['identity']:.3f}" + ("" if photos is None else f" (photos {photos:.3f})")]
-    parts += [f"accepted {record['accept_rate']:.0%}", f"copies {record['copy_rate']:.0%}"]
-    parts += [f"{name} {record[name]:.3f}" for name in ("adherence", "diversity") if record[name] is not None]
-    return f"{'step ' + str(record['step']) if record['step'] else 'base model'}: {', '.join(parts)}"
 
 
 def status_of(scores: SampleScores, row: int, seed: int) -> str:
@@ -384,6 +435,30 @@ def shared_beginning(prompts: Sequence[str]) -> str:
     words = [prompt.split(" ") for prompt in prompts]
     same = next((n for n, column in enumerate(zip(*words)) if len(set(column)) > 1), 0)
     return "".join(word + " " for word in words[0][:same])
+
+
+def check_comparable(records: Sequence[Record], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with other prompts, models or seeds than those of a journal."""
+    for name, was in records[0]["measured"].items() if records else ():
+        if was != now[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"--resume: {flag} was {was!r}, now {now[name]!r}; keep it as it was")
+
+
+def attempted(work: Callable[[], None], what: str) -> bool:
+    """Do `work` unless memory runs out in it, which is said; whether it was done.
+
+    With several processes the error is raised: the others may be in the middle of the same call.
+    """
+    try:
+        work()
+    except RuntimeError as error:  # on a CPU, running out of memory is just that
+        if PartialState().num_processes > 1 or not should_reduce_batch_size(error):
+            raise
+    else:
+        return True
+    say(f"{what}: not measured, a picture did not fit into memory")  # outside the handler, which keeps the memory
+    return False
 
 
 @contextmanager
@@ -426,11 +501,9 @@ def promote(output: Path) -> None:
 
 
 def open_tensorboard(output: Path) -> Any:
-    """A writer of event files; InputError when the package is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+    """A writer of event files."""
+    from torch.utils.tensorboard import SummaryWriter  # an extra
+
     return SummaryWriter(str(output / "tensorboard"))
 
 
