@@ -1,17 +1,22 @@
-"""Which checkpoint is the subject? `python benchmarks/lora_validation.py --out runs/validation`.
+"""What `--validate-every` and `--patience` are worth. `python benchmarks/lora_validation.py --out runs/validation`.
 
-For held-out subjects of the mini-world: train a LoRA on four photos, draw at every checkpoint, and let the judge say
-how many of the subject's attributes the pictures really show, and whether they are in the place asked for. Compared
-are the last checkpoint, the one of lowest validation loss, and those chosen by the frozen backbone, by NearID (each
-with and without the trainer's floors) and by the judge itself. The choice is made on validation prompts and seeds,
-agreement is measured on others. Early stop is read off the same runs: the schedule of a run does not depend on when it
-is stopped. All intervals are 95 % bootstrap intervals over subjects.
+For held-out subjects of the mini-world, `trainers/train_lora.py` is run as the README does: its rates, its length, its
+validation within its budget. At every step that it validates, other seeds are drawn, in two places that no photo shows,
+and the judge says how many of the subject's attributes those pictures really show, and whether they are in the place
+asked for. Compared are the last checkpoint, the one of lowest validation loss, and those chosen by the frozen backbone,
+by NearID (each with and without the trainer's floors; NearID with floors is what the trainer keeps) and by the judge
+itself. All intervals are 95 % bootstrap intervals over subjects.
 
-The rate is ten times the trainer's: at its own nothing is overtrained in this world, and the last checkpoint is right.
+Early stop is read off the same runs, since the schedule of a run does not depend on when it is stopped. What it saves
+is time: 1 - t / T, where t is the time until it stopped, all validations and the measuring of their cost included, and
+T what all steps take without any validation. Without a stop it is therefore below 0. Times are core seconds of one
+thread, from the run's own journal; what is drawn for the judge is not counted.
+
 Figures come for two outcomes: "agreement", of attributes alone, and "placed", which counts a picture of another place
-than the one asked for as 0.
+than the one asked for as 0. `--rate-factor 10` trains at ten times the rates: then there is more to lose.
 
-Pictures are stored, so that another scorer (`--scorer FOLDER`) only scores them anew.
+A finished subject is not trained again: the command goes on where it was interrupted, and `--finished` reports on what
+there is. Pictures are stored, so that another scorer (`--scorer FOLDER`) only scores them anew.
 """
 
 import json
@@ -19,8 +24,9 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,20 +36,15 @@ from PIL import Image
 from nearid_personalize.floors import TextImageEncoder
 from nearid_personalize.images import write_atomically
 from nearid_personalize.metrics import bootstrap_interval
-from nearid_personalize.miniworld import CONTEXTS, Pet, Split, photos, sample_pet, weights_dir
+from nearid_personalize.miniworld import CONTEXTS, Pet, Split, context_prompts, photos, sample_pet, weights_dir
 from nearid_personalize.miniworld.judge import context_of, judge
 from nearid_personalize.samples import adherence, draw_samples, measure_samples
 from nearid_personalize.scorer import IdentityScorer
 from nearid_personalize.training.cached import Picture
 from nearid_personalize.training.lora import LoraOptions, Snapshot, train_lora
-from nearid_personalize.training.validation import (
-    Limits,
-    ValidationOptions,
-    best_of,
-    out_of_patience,
-    without_lora,
-    without_word,
-)
+from nearid_personalize.training.validation import IdentityValidation, ValidationOptions, without_word
+from nearid_personalize.training.validation_plan import ValidationPlan
+from nearid_personalize.training.validation_records import Limits, best_of, out_of_patience
 
 NUM_REFERENCES = 4
 ARMS = (
@@ -69,13 +70,13 @@ class Options:
     num_subjects: int = 24
     first_subject: int = 2100
     split: Split = "test"
-    lora_steps: int = 80
-    num_checkpoints: int = 8
-    learning_rate: float = 1e-2
-    """Of the denoiser's LoRA; the text encoder's and the token's rise with it."""
+    lora_steps: int = 400
+    validate_every: int = 50
+    validation_budget: float = 0.1
+    rate_factor: float = 1.0
+    """All learning rates, as a multiple of the trainer's for the mini-world."""
     steps: int = 10
-    """Denoising steps."""
-    num_validation_seeds: int = 2
+    """Denoising steps of the pictures that the judge sees."""
     num_measured_seeds: int = 2
     scorer: str = ""
     """Folder of a NearID model. Default: the packaged one."""
@@ -87,34 +88,29 @@ class Options:
 
 @dataclass(frozen=True)
 class Case:
-    """A subject, its photos, and where it is drawn: contexts of the validation, and others for measuring."""
+    """A subject, its photos, others of it, and the places where the judge sees it."""
 
     pet: Pet
     references: list[Image.Image]
     held_out: list[Image.Image]
-    validation: tuple[str, ...]
     measured: tuple[str, ...]
 
-    def prompts(self, contexts: tuple[str, ...]) -> list[str]:
-        """What the pipeline is asked for."""
-        return [f"a photo of sks {self.pet.category} in {context}" for context in contexts]
+    @property
+    def prompts(self) -> list[str]:
+        """What is drawn for the judge."""
+        return [f"a photo of sks {self.pet.category} in {context}" for context in self.measured]
 
 
 def case_of(split: Split, index: int) -> Case:
-    """Four photos in as many contexts; of the other four contexts two are drawn for validation and two to measure.
-
-    Two contexts of the photos are drawn for validation as well: it is there that a copy is easiest.
-    """
+    """Four photos in as many places; two other places for the judge."""
     pet = sample_pet(split, index)
     shots = photos(pet, len(CONTEXTS))
     others = photos(pet, NUM_REFERENCES, seed=1)
-    places = [context for _, context in shots]
     return Case(
-        pet,
-        [Image.fromarray(shot.image) for shot, _ in shots[:NUM_REFERENCES]],
-        [Image.fromarray(shot.image) for shot, _ in others],
-        (*places[:2], *places[4:6]),
-        tuple(places[6:8]),
+        pet=pet,
+        references=[Image.fromarray(shot.image) for shot, _ in shots[:NUM_REFERENCES]],
+        held_out=[Image.fromarray(shot.image) for shot, _ in others],
+        measured=tuple(context for _, context in shots[6:8]),
     )
 
 
@@ -122,52 +118,103 @@ def case_of(split: Split, index: int) -> Case:
 
 
 def recipe(case: Case, folder: Path, options: Options) -> LoraOptions:
-    """The quickstart's recipe, but for its length and rates."""
-    factor = options.learning_rate / 1e-3
-    return LoraOptions(
+    """The README's command, on the mini-world."""
+    lora = LoraOptions(
         base_model="miniworld",
         references=folder / "references",
         output=folder / "lora",
         prompt=f"a photo of sks {case.pet.category}",
-        batch_size=4,
         steps=options.lora_steps,
-        learning_rate=options.learning_rate,
-        text_learning_rate=5e-4 * factor,
-        token_learning_rate=5e-3 * factor,
-        validate_every=options.lora_steps // options.num_checkpoints,
+        validate_every=options.validate_every,
+    )
+    factor = options.rate_factor
+    if factor == 1:
+        return lora
+    return replace(
+        lora,
+        learning_rate=factor * (lora.learning_rate or 1e-3),
+        text_learning_rate=factor * (lora.text_learning_rate or 5e-4),
+        token_learning_rate=factor * (lora.token_learning_rate or 5e-3),
     )
 
 
-class Recorder:
-    """The hook that draws every checkpoint, and the base model before the first."""
+def validation_of(case: Case, options: Options) -> ValidationOptions:
+    """What `trainers/train_lora.py` fills in for the mini-world; patience is read off afterwards."""
+    return ValidationOptions(
+        validation_model="miniworld",
+        text_image_model="miniworld",
+        validation_prompts=context_prompts(f"sks {case.pet.category}"),
+        validation_guidance_scale=3.0,
+        validation_budget=options.validation_budget,
+    )
 
-    def __init__(self, case: Case, options: Options) -> None:
-        self.case, self.options = case, options
-        self.validation: list[np.ndarray] = []  # the base model's, then one [P,S,64,64,3] per checkpoint
-        self.measured: list[np.ndarray] = []
-        self.steps: list[int] = []
-        self.losses: dict[str, list[float]] = {"loss_references": [], "loss_held_out": []}
 
-    def draw(self, snapshot: Snapshot, contexts: tuple[str, ...], seeds: range) -> np.ndarray:
-        """Pictures uint8 [P,S,64,64,3]."""
-        prompts, steps = self.case.prompts(contexts), self.options.steps
-        grid = draw_samples(snapshot.pipe, prompts, seeds, num_inference_steps=steps, guidance_scale=3.0)
-        return np.array([[np.asarray(image) for image in row] for row in grid])
+class CoreClock:
+    """Core seconds of this process, without those between `stop` and `go`."""
 
-    def __call__(self, snapshot: Snapshot) -> None:
-        """Draw a checkpoint and take its validation losses."""
-        options, case = self.options, self.case
-        seeds = range(options.num_validation_seeds)
-        if not self.validation:
-            with without_lora(snapshot.pipe):
-                self.validation.append(self.draw(snapshot, case.validation, seeds))
-        self.validation.append(self.draw(snapshot, case.validation, seeds))
-        others = range(100, 100 + options.num_measured_seeds)
-        self.measured.append(self.draw(snapshot, case.measured, others))
-        self.steps.append(snapshot.step)
+    def __init__(self) -> None:
+        self.left_out, self.stopped_at = 0.0, 0.0
+
+    def __call__(self) -> float:
+        return time.process_time() - self.left_out
+
+    def stop(self) -> None:
+        """What follows does not count."""
+        self.stopped_at = time.process_time()
+
+    def go(self) -> None:
+        """What follows counts again."""
+        self.left_out += time.process_time() - self.stopped_at
+
+
+@dataclass
+class RecordedValidation(IdentityValidation):
+    """The trainer's own validation; its pictures are kept, and at each of its steps more are drawn for the judge."""
+
+    case: Case | None = None
+    bench: Options = field(default_factory=Options)
+    pictures: list[np.ndarray] = field(default_factory=list)  # the base model's first; uint8 [P,S,64,64,3] each
+    measured: list[np.ndarray] = field(default_factory=list)  # the same without the base model's
+    loss_held_out: list[float] = field(default_factory=list)
+
+    def draw(self, snapshot: Snapshot, plan: ValidationPlan) -> list[list[Any]]:
+        images = super().draw(snapshot, plan)
+        if plan.steps:  # those that are only timed belong to no plan
+            self.pictures.append(as_array(images))
+        return images
+
+    def __call__(self, snapshot: Snapshot) -> bool:
+        goes_on = super().__call__(snapshot)
+        clock, case, options = self.clock, self.case, self.bench
+        assert isinstance(clock, CoreClock) and case is not None, "set before training"
+        clock.stop()
+        seeds = range(100, 100 + options.num_measured_seeds)
+        images = draw_samples(snapshot.pipe, case.prompts, seeds, num_inference_steps=options.steps, guidance_scale=3.0)
+        self.measured.append(as_array(images))
         prompt = f"a photo of sks {case.pet.category}"
-        for name, images in (("loss_references", case.references), ("loss_held_out", case.held_out)):
-            self.losses[name].append(snapshot.loss_on([Picture(image, prompt) for image in images]))
+        self.loss_held_out.append(snapshot.loss_on([Picture(image, prompt) for image in case.held_out]))
+        clock.go()
+        return goes_on
+
+
+def as_array(images: list[list[Any]]) -> np.ndarray:
+    """Pictures [P][S] -> uint8 [P,S,H,W,3]."""
+    return np.array([[np.asarray(image) for image in row] for row in images])
+
+
+def train_subject(case: Case, options: Options) -> RecordedValidation:
+    """Train one LoRA as the trainer does."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "references").mkdir()
+        for number, image in enumerate(case.references):
+            image.save(folder / "references" / f"{number}.png")
+        lora = recipe(case, folder, options)
+        validation = RecordedValidation.open(lora, validation_of(case, options), CoreClock())
+        assert isinstance(validation, RecordedValidation), "`open` makes what it is called on"
+        validation.case, validation.bench = case, options
+        train_lora(lora, validation)
+        return validation
 
 
 def draw_subject(job: tuple[Options, int]) -> None:
@@ -177,27 +224,23 @@ def draw_subject(job: tuple[Options, int]) -> None:
     if path.exists():
         return
     torch.set_num_threads(1)
-    started = time.process_time()
     case = case_of(options.split, index)
-    recorder = Recorder(case, options)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "references").mkdir()
-        for number, image in enumerate(case.references):
-            image.save(folder / "references" / f"{number}.png")
-        train_lora(recipe(case, folder, options), recorder)
-    trained = time.process_time()
+    run = train_subject(case, options)
     np.savez_compressed(
-        options.out / f"{index}.npz", validation=np.stack(recorder.validation), measured=np.stack(recorder.measured)
+        options.out / f"{index}.npz", validation=np.stack(run.pictures), measured=np.stack(run.measured)
     )
-    agreement, placed = judged(np.stack(recorder.measured), case)
+    agreement, placed = judged(np.stack(run.measured), case)
+    records = run.journal.records
     record = {
         "pet": asdict(case.pet),
-        "steps": recorder.steps,
+        "plan": records[0]["plan"],
+        "steps": [one["step"] for one in records[1:]],
         "agreement": agreement.tolist(),
         "placed": placed.tolist(),
-        **recorder.losses,
-        "core_seconds": {"train and draw": trained - started, "judge": time.process_time() - trained},
+        "loss_references": [one["validation_loss"] for one in records[1:]],
+        "loss_held_out": run.loss_held_out,
+        "run_seconds": [one["seconds"]["run"] for one in records],
+        "validation_seconds": [one["seconds"]["validations"] for one in records],
     }
     write_atomically(path, json.dumps(record))
 
@@ -216,12 +259,12 @@ def judged(pictures: np.ndarray, case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def records_of(
-    case: Case, steps: list[int], pictures: np.ndarray, scorer: IdentityScorer, text_image: TextImageEncoder
+    case: Case, plan: dict, steps: list[int], pictures: np.ndarray, scorer: IdentityScorer, text_image: TextImageEncoder
 ) -> list[dict]:
-    """What the trainer's validation would have written: the base model's record, then the checkpoints'."""
+    """What the trainer's validation writes with a scorer: the base model's record, then the checkpoints'."""
     rules = ValidationOptions(validation_model="miniworld")
     subject = scorer.enroll(case.references)
-    texts = [without_word(prompt, "sks") for prompt in case.prompts(case.validation)]
+    texts = [without_word(prompt, "sks") for prompt in plan["prompts"]]
     photos_fit = float(adherence([case.references] * len(texts), texts, text_image).mean())
     records: list[dict] = []
     for step, grid in zip([0, *steps], pictures, strict=True):
@@ -256,10 +299,11 @@ def arms_of(record: dict, records: list[dict], frozen: list[dict], outcome: str)
 
 
 def early_stop(record: dict, records: list[dict], patience: int, outcome: str) -> tuple[float, float]:
-    """Share of the steps saved, and the worth of what is kept then."""
+    """Share of the time saved, and the worth of what is kept then."""
     known = next((n for n in range(2, len(records) + 1) if out_of_patience(records[:n], patience)), len(records))
+    training = record["run_seconds"][-1] - record["validation_seconds"][-1]
     means = np.array(record[outcome]).mean(axis=(1, 2))
-    return 1 - records[known - 1]["step"] / record["steps"][-1], means[chosen(records[:known], True)]
+    return 1 - record["run_seconds"][known - 1] / training, means[chosen(records[:known], True)]
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -299,29 +343,45 @@ def choices(cases: list[Judged], outcome: str) -> dict[str, list[float]]:
 
 
 def stops(cases: list[Judged], outcome: str) -> dict[str, list[float]]:
-    """Early stop by patience: share of the steps saved, and what is kept against the last and against no stopping."""
+    """Early stop by patience: share of the time saved, and what is kept against the last and against no stopping."""
     rows = torch.tensor([arms_of(*case, outcome) for case in cases]).double()
     figures = {}
     for patience in (1, 2, 3):
         saved, kept = torch.tensor([early_stop(*case[:2], patience, outcome) for case in cases]).double().T
-        figures[f"patience_{patience}_steps_saved"] = with_interval(saved, lambda s: s.mean())
+        figures[f"patience_{patience}_time_saved"] = with_interval(saved, lambda s: s.mean())
+        figures[f"patience_{patience}_{outcome}"] = with_interval(kept, lambda s: s.mean())
         for against in ("last", "nearid_floors"):
             name = f"patience_{patience}_{outcome}_over_{against}"
             figures[name] = with_interval(kept - rows[:, ARMS.index(against)], lambda s: s.mean())
     return figures
 
 
-def by_checkpoint(cases: list[Judged]) -> dict[str, list[float]]:
-    """Means over subjects, checkpoint by checkpoint; the base model first where it was drawn."""
-    means = {name: [np.mean(record[name], axis=(1, 2)) for record, _, _ in cases] for name in OUTCOMES}
-    means |= {name: [[r[name] for r in records] for _, records, _ in cases] for name in ("identity", "adherence")}
-    means["accepted by the floors"] = [[not r["refused"] for r in records[1:]] for _, records, _ in cases]
-    return {f"by_checkpoint {name}": np.mean(values, axis=0).tolist() for name, values in means.items()}
+def costs(cases: list[Judged]) -> dict[str, list[float]]:
+    """What the trainer planned, and the share of the run's time that validating took."""
+    figures = {
+        "validations": [len(record["plan"]["steps"]) for record, _, _ in cases],
+        "pictures each": [len(record["plan"]["prompts"]) * record["plan"]["seeds"] for record, _, _ in cases],
+        "denoising steps": [record["plan"]["denoising_steps"] for record, _, _ in cases],
+        "share of the time": [r["validation_seconds"][-1] / r["run_seconds"][-1] for r, _, _ in cases],
+    }
+    return {name: with_interval(torch.tensor(values).double(), lambda v: v.mean()) for name, values in figures.items()}
+
+
+def by_position(cases: list[Judged]) -> dict[str, list[float]]:
+    """Means over subjects at the first and the last validation; the base model's before them where it was scored."""
+    figures = {}
+    for name in OUTCOMES:
+        means = [np.mean(record[name], axis=(1, 2))[[0, -1]] for record, _, _ in cases]
+        figures[f"first and last {name}"] = np.mean(means, axis=0).tolist()
+    for name in ("identity", "adherence"):
+        values = [[records[n][name] for n in (0, 1, -1)] for _, records, _ in cases]
+        figures[f"base, first and last {name}"] = np.mean(values, axis=0).tolist()
+    return figures
 
 
 def summarise(cases: list[Judged]) -> dict:
     """All figures, and why checkpoints were refused."""
-    summary: dict = {"num_subjects": len(cases), **by_checkpoint(cases)}
+    summary: dict = {"num_subjects": len(cases), **costs(cases), **by_position(cases)}
     for outcome in OUTCOMES:
         summary |= choices(cases, outcome) | stops(cases, outcome)
     refused = [record["refused"] for _, records, _ in cases for record in records if record["refused"]]
@@ -347,8 +407,10 @@ def main(options: Options) -> None:
     for index in (index for index in indices if (options.out / f"{index}.json").exists()):
         record = json.loads((options.out / f"{index}.json").read_text())
         pictures, case = np.load(options.out / f"{index}.npz")["validation"], case_of(options.split, index)
-        records = records_of(case, record["steps"], pictures, scorer, text_image)
-        cases.append((record, records, records_of(case, record["steps"], pictures, frozen, text_image)))
+        drawn = (case, record["plan"], record["steps"], pictures)
+        cases.append((record, records_of(*drawn, scorer, text_image), records_of(*drawn, frozen, text_image)))
+    if not cases:
+        raise SystemExit(f"no finished subject under {options.out}")
     summary = summarise(cases)
     write_atomically(options.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     for name, value in summary.items():

@@ -211,6 +211,7 @@ class IdentityValidation:
             say(f"validation: as planned before, after {listed(self.planned.steps)}")
             return self.planned.steps
         wanted = self.wanted(snapshot.step)
+        self.started -= 2 * training_step  # which timing it took
         if not attempted(lambda: self.measure_base(snapshot, wanted, training_step), "base model"):
             return ()
         say(describe(self.planned, wanted))
