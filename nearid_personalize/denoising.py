@@ -13,6 +13,7 @@ holds both halves of classifier-free guidance, else 1: candidate `row` is then a
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -76,6 +77,21 @@ TESTED_SCHEDULERS = {
 }
 """Schedulers whose clean prediction is known, and the space of their sample."""
 
+_ENCODES_ONCE = frozenset(
+    {
+        "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+        "QwenImageImg2ImgPipeline",
+        "QwenImageInpaintPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionXLInpaintPipeline",
+    }
+)
+"""Pipelines whose `_encode_vae_image` is asked once for the source picture of all rows."""
+
+_ENCODES_ROWS = _ENCODES_ONCE | {"StableDiffusionImg2ImgPipeline", "StableDiffusionXLImg2ImgPipeline"}
+"""Pipelines that start from a picture, and encode it for each row by its own generator, here or by themselves."""
+
 # Positions of tokens, the same for every row; their length may equal the number of rows by chance.
 _SHARED_BY_ROWS = frozenset({"txt_ids", "img_ids"})
 
@@ -119,7 +135,8 @@ class Denoised:
     `images` is what the pipeline returned for the rows that reached the end, in its own output type, and `rows` says
     which candidates they are; `stopped_at` maps every other candidate to the step it was stopped after. `denoiser_rows`
     counts the rows the denoiser was really called with, both halves of classifier-free guidance included;
-    `nsfw_content_detected` is the safety checker's word on each of `images`, None where the pipeline has no checker.
+    `nsfw_content_detected` is the safety checker's word on each of `images`, None where the pipeline has no checker;
+    `size` is height and width in pixels, where the positions of tokens tell them, as FLUX's do.
     """
 
     images: Any
@@ -127,6 +144,7 @@ class Denoised:
     stopped_at: dict[int, int]
     denoiser_rows: int
     nsfw_content_detected: list[bool] | None = None
+    size: tuple[int, int] | None = None
 
 
 class _NobodyGoesOn(Exception):
@@ -155,6 +173,15 @@ def can_race(pipe: DiffusionPipeline) -> bool:
     return tested and not getattr(find_denoiser(pipe), "is_cache_enabled", False)
 
 
+def can_batch(pipe: DiffusionPipeline) -> bool:
+    """Whether candidate k of a batch is the picture that its seed makes alone.
+
+    False for pipelines that start from a picture and are not known to draw its latents by each row's generator.
+    """
+    starts_from_picture = "strength" in inspect.signature(pipe.__call__).parameters
+    return not starts_from_picture or type(pipe).__name__ in _ENCODES_ROWS
+
+
 def denoise(
     pipe: DiffusionPipeline,
     arguments: Mapping[str, Any],
@@ -180,20 +207,26 @@ def denoise(
     Raises:
         InputError: generators and prompts do not fit, `on_step` named a row not in the batch, or a fraction is off.
     """
-    watch = _Watch(pipe, arguments, len(generators), on_step, preview_at, preview_vae)
-    call = call_arguments(pipe, arguments, len(generators)) | watch.callbacks()
+    watch = _Watch(pipe, arguments, generators, on_step, preview_at, preview_vae)
+    call = call_arguments(arguments, len(generators)) | watch.callbacks()
     with watch.attached():
         try:
             output = pipe(**call, generator=list(generators), return_dict=True)
         except _NobodyGoesOn:
             pipe.maybe_free_model_hooks()  # as at the end of the pipeline's own call
-            return Denoised([], (), watch.stopped_at, watch.denoiser_rows)
-    rows, nsfw = tuple(watch.rows), getattr(output, "nsfw_content_detected", None)
-    if len(output.images) == len(rows):
-        return Denoised(output.images, rows, watch.stopped_at, watch.denoiser_rows, nsfw)
-    # The user's callback interrupted the pipeline: it left its loop without the last step, where the rows are cut
-    images, nsfw = _pick(output.images, rows), nsfw and _pick(nsfw, rows)
-    return Denoised(images, rows, watch.stopped_at, watch.denoiser_rows, nsfw)
+            return Denoised(images=[], rows=(), stopped_at=watch.stopped_at, denoiser_rows=watch.denoiser_rows)
+    rows, images, nsfw = tuple(watch.rows), output.images, getattr(output, "nsfw_content_detected", None)
+    if len(images) != len(rows):
+        # The user's callback interrupted the pipeline: it left its loop without the last step, where the rows are cut
+        images, nsfw = _pick(images, rows), nsfw and _pick(nsfw, rows)
+    return Denoised(
+        images=images,
+        rows=rows,
+        stopped_at=watch.stopped_at,
+        denoiser_rows=watch.denoiser_rows,
+        nsfw_content_detected=nsfw,
+        size=watch.size(images),
+    )
 
 
 def steps_at(fractions: Collection[float], num_steps: int) -> frozenset[int]:
@@ -212,18 +245,19 @@ class _Watch:
         self,
         pipe: DiffusionPipeline,
         arguments: Mapping[str, Any],
-        num_rows: int,
+        generators: Sequence[torch.Generator],
         on_step: OnStep | None,
         preview_at: Collection[float] | None,
         preview_vae: torch.nn.Module | None,
     ) -> None:
         self.pipe = pipe
         self.arguments = arguments
-        self.num_rows = num_rows
+        self.generators = list(generators)
+        self.num_rows = len(self.generators)
         self.on_step = on_step if can_race(pipe) else None
         self.preview_at = preview_at
         self.preview_vae = preview_vae
-        self.rows = list(range(num_rows))
+        self.rows = list(range(self.num_rows))
         self.stopped_at: dict[int, int] = {}
         self.denoiser_rows = 0
         self.image_ids: torch.Tensor | None = None
@@ -233,23 +267,36 @@ class _Watch:
 
     def callbacks(self) -> dict[str, Any]:
         """The pipeline's callback arguments, `on_step` asked in them."""
-        if self.on_step is None:
+        if self.on_step is None and self.user_callback is None:
             return {}
         names = dict.fromkeys((*self.user_inputs, "latents"))
         return {"callback_on_step_end": self.step_ended, "callback_on_step_end_tensor_inputs": list(names)}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Inside the block: hooks on the denoiser and, where `on_step` is asked, a wrapper around `scheduler.step`."""
+        """Inside the block: hooks on the denoiser, and whatever draws noise draws each row's by its own generator."""
         denoiser, scheduler = find_denoiser(self.pipe), self.pipe.scheduler
         with ExitStack() as stack:
             # First in, last out: whatever else hooks into the denoiser sees what it really computes
             before = denoiser.register_forward_pre_hook(self.before_denoiser, prepend=True, with_kwargs=True)
             stack.callback(before.remove)
             stack.callback(denoiser.register_forward_hook(self.after_denoiser).remove)
+            step = with_generators(scheduler.step, self.generators)
             if self.on_step is not None:
-                stack.enter_context(_replaced(scheduler, "step", self.recording(scheduler.step)))
+                step = self.recording(step)
+            stack.enter_context(_replaced(scheduler, "step", step))
+            if hasattr(scheduler, "noise_sampler_seed"):  # DPMSolverSDE: a Brownian tree for each row
+                stack.enter_context(_replaced(scheduler, "noise_sampler_seed", self.noise_seeds(scheduler)))
+            if type(self.pipe).__name__ in _ENCODES_ONCE:
+                encode = encoding_rows(self.pipe._encode_vae_image, self.num_rows)
+                stack.enter_context(_replaced(self.pipe, "_encode_vae_image", encode))
             yield
+
+    def noise_seeds(self, scheduler: Any) -> list[int]:
+        """The seed of each row's Brownian tree: the scheduler's own where it has one, else the candidate's."""
+        if scheduler.noise_sampler_seed is not None:
+            return [scheduler.noise_sampler_seed] * self.num_rows
+        return [generator.initial_seed() for generator in self.generators]
 
     def before_denoiser(
         self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -298,11 +345,28 @@ class _Watch:
         outputs: dict[str, Any] = {}
         if self.user_callback is not None:
             given = {name: tensors[name] for name in self.user_inputs}
-            outputs = self.user_callback(pipe, index, timestep, given)
+            outputs = self.for_each_row(self.user_callback(pipe, index, timestep, given))
+        if self.on_step is None:
+            return outputs
         self.ask(index + 1, pipe.num_timesteps)
         if index + 1 == pipe.num_timesteps and len(self.rows) < self.num_rows:
             outputs = {**outputs, "latents": _pick(outputs.get("latents", latents), self.rows)}
         return outputs
+
+    def for_each_row(self, outputs: dict[str, Any]) -> dict[str, Any]:
+        """What the user's callback returned; where that is of one row, a copy for each candidate.
+
+        Callbacks that end classifier-free guidance keep the last row of the prompt's embeddings alone, which is enough
+        for one picture. The candidates of one prompt have the same.
+        """
+        if self.num_rows == 1 or num_prompts(self.arguments) > 1:
+            return outputs
+        return {name: self.repeated(value) for name, value in outputs.items()}
+
+    def repeated(self, value: Any) -> Any:
+        """A tensor of one row, repeated for every candidate; anything else as it is."""
+        of_one_row = isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == 1
+        return value.expand(self.num_rows, *value.shape[1:]) if of_one_row else value
 
     def ask(self, step: int, num_steps: int) -> None:
         """Let `on_step` say who goes on after `step`."""
@@ -323,30 +387,70 @@ class _Watch:
 
     def preview(self, rows: Sequence[int], clean: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Decode the clean prediction of `rows`: `[n,3,H,W]` in [0, 1], float32, CPU."""
-        height, width = self.arguments.get("height"), self.arguments.get("width")
         latents = _pick(clean(), rows)
-        if self.image_ids is not None and latents.ndim == 3:  # token positions: the size where no argument gives it
-            side = 2 * self.pipe.vae_scale_factor
-            ids = self.image_ids.reshape(-1, self.image_ids.shape[-1])[: latents.shape[1]]
-            height, width = (side * (int(ids[:, axis].max()) + 1) for axis in (1, 2))
+        height, width = self.size(latents) or (self.arguments.get("height"), self.arguments.get("width"))
         return decode_latents(self.pipe, latents, height, width, self.preview_vae)
 
+    def size(self, latents: Any) -> tuple[int, int] | None:
+        """Height and width in pixels of latents that are tokens, by the tokens' positions; None: nothing tells."""
+        if self.image_ids is None or getattr(latents, "ndim", 0) != 3:
+            return None
+        side = 2 * self.pipe.vae_scale_factor  # of a token's patch, in pixels
+        # A picture that is edited has its tokens behind those of the picture that is made
+        ids = self.image_ids.reshape(-1, self.image_ids.shape[-1])[: latents.shape[1]]
+        return side * (int(ids[:, 1].max()) + 1), side * (int(ids[:, 2].max()) + 1)
 
-def call_arguments(pipe: DiffusionPipeline, arguments: Mapping[str, Any], num_rows: int) -> dict[str, Any]:
-    """The arguments of a call that makes `num_rows` pictures; InputError when the prompts do not divide them."""
+
+def num_prompts(arguments: Mapping[str, Any]) -> int:
+    """How many prompts a pipeline's arguments hold, as texts or as embeddings."""
     prompt = arguments.get("prompt")
     prompts = prompt if prompt is not None else arguments.get("prompt_embeds")
-    num_prompts = 1 if prompts is None or isinstance(prompts, str) else len(prompts)
-    if not num_rows or num_rows % num_prompts:
-        raise InputError(f"generators: got {num_rows} for {num_prompts} prompts; give each prompt equally many")
-    own: dict[str, Any] = {"num_images_per_prompt": num_rows // num_prompts}
-    inpaints = type(pipe).__name__ == "StableDiffusionInpaintPipeline" and arguments.get("image") is not None
-    if inpaints and arguments.get("padding_mask_crop") is None:
-        image = arguments["image"]
-        # It encodes a source picture once, with the first row's generator: a copy each keeps randomness to its row
-        images = list(image) if isinstance(image, list) or getattr(image, "ndim", 3) == 4 else [image]
-        own["image"] = images * (num_rows // len(images))
-    return {name: value for name, value in arguments.items() if name not in ("generator", "return_dict")} | own
+    return 1 if prompts is None or isinstance(prompts, str) else len(prompts)
+
+
+def call_arguments(arguments: Mapping[str, Any], num_rows: int) -> dict[str, Any]:
+    """The arguments of a call that makes `num_rows` pictures; InputError when the prompts do not divide them."""
+    prompts = num_prompts(arguments)
+    if not num_rows or num_rows % prompts:
+        raise InputError(f"generators: got {num_rows} for {prompts} prompts; give each prompt equally many")
+    kept = {name: value for name, value in arguments.items() if name not in ("generator", "return_dict")}
+    return {**kept, "num_images_per_prompt": num_rows // prompts}
+
+
+def with_generators(step: Callable[..., Any], generators: Sequence[torch.Generator]) -> Callable[..., Any]:
+    """A scheduler's `step` that draws noise by each row's generator, also where the pipeline passes it none.
+
+    The pipelines of SD3, FLUX and their kin pass none: `FlowMatchLCMScheduler` and those that sample stochastically
+    then draw from torch's global generator, and no seed repeats the picture.
+    """
+    signature = inspect.signature(step)
+    if "generator" not in signature.parameters:
+        return step
+
+    @functools.wraps(step)
+    def drawing_by_row(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        if given.get("generator") is None and len(given["sample"]) == len(generators):
+            given["generator"] = list(generators)
+        return step(**given)
+
+    return drawing_by_row
+
+
+def encoding_rows(encode: Callable[..., torch.Tensor], num_rows: int) -> Callable[..., torch.Tensor]:
+    """A pipeline's `_encode_vae_image` that draws the latents of its source once a row, by the row's generator.
+
+    A VAE's latents are drawn from a distribution. The pipelines draw them once for the whole batch, by the first
+    generator, so that the picture of a seed would depend on who else is in its batch.
+    """
+
+    @functools.wraps(encode)
+    def encoded(image: torch.Tensor, generator: Any) -> torch.Tensor:
+        if len(image) == 1:
+            image = image.expand(num_rows, *image.shape[1:])
+        return encode(image=image, generator=generator)
+
+    return encoded
 
 
 def callback_inputs(arguments: Mapping[str, Any]) -> list[str]:
@@ -359,12 +463,13 @@ def callback_inputs(arguments: Mapping[str, Any]) -> list[str]:
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Set an attribute on this one object inside the block; what the object itself held before is put back."""
-    held = vars(owner).get(name)
+    held = {name: vars(owner)[name]} if name in vars(owner) else {}
     setattr(owner, name, value)
     try:
         yield
     finally:
-        delattr(owner, name) if held is None else setattr(owner, name, held)
+        delattr(owner, name)
+        vars(owner).update(held)
 
 
 def _pick(values: Any, index: Sequence[int]) -> Any:
@@ -470,8 +575,13 @@ def latents_for_vae(
     if latents.ndim == 3:
         default = pipe.default_sample_size * pipe.vae_scale_factor
         height, width = int(height or default), int(width or default)
+        side = 2 * pipe.vae_scale_factor  # of a token's patch, in pixels
+        if latents.shape[1] != (height // side) * (width // side):
+            raise InputError(
+                f"height, width: {latents.shape[1]} latent tokens are no picture of {height} x {width} pixels; "
+                "give the size that the pipeline was called with"
+            )
         if type(pipe).__name__ == "Flux2Pipeline":
-            side = 2 * pipe.vae_scale_factor  # of a token's patch, in pixels
             patches = latents.mT.unflatten(-1, (height // side, width // side))  # [n,4C,h/2,w/2]
             norm = pipe.vae.bn
             mean, variance = (value.view(1, -1, 1, 1).to(patches) for value in (norm.running_mean, norm.running_var))

@@ -19,13 +19,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nearid_personalize.denoising import Moment, as_pixels, can_race, denoise, find_denoiser, steps_at
+from nearid_personalize.denoising import (
+    Denoised,
+    Moment,
+    as_pixels,
+    can_batch,
+    can_race,
+    denoise,
+    find_denoiser,
+    steps_at,
+)
 from nearid_personalize.errors import InputError
 from nearid_personalize.floors import Floor, near_duplicates
 from nearid_personalize.selection import (
     DEFAULT_POLICY,
     PreviewProfile,
     StoppingPolicy,
+    needs_previews,
     next_wave,
     verdict_on,
 )
@@ -46,14 +56,25 @@ RESERVED_ARGUMENTS = {
     "generator": "pass seed=, each candidate gets its own generator",
     "latents": "pass seed=, each candidate draws its own latents",
     "num_images_per_prompt": "pass num_images= and num_candidates=",
+    "denoising_end": "identity is told from finished pictures; refine result.images in a second call instead",
 }
+
+HARMLESS_VALUES = {"num_images_per_prompt": (None, 1)}
+"""What a reserved argument may be all the same; None where nothing stands here: it means the pipeline's default."""
+
+BLACKENED = "blackened by the safety checker"
+
+
+class NothingAcceptedWarning(UserWarning):
+    """No candidate was accepted, so that the result holds no images."""
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One generated image and what became of it.
 
-    score: cosine in [-1, 1]: of the image, or of the last preview when it was stopped (NaN: none was made).
+    score: cosine in [-1, 1]: of the image, or of the last preview when it was stopped. NaN: nothing was scored, as when
+    a safety checker replaced the image by a black one.
     stopped_at_step: finished denoising steps, for status "stopped" alone, which has no `image`. previews: score of the
     predicted clean picture by step fraction in (0, 1). last_preview: what a stopped candidate looked like.
     """
@@ -135,8 +156,12 @@ class GuardResults(tuple[GuardResult, ...]):
 
     @property
     def images(self) -> Any:
-        """The accepted images of all prompts."""
-        return _joined([result.images for result in self])
+        """The accepted images of all prompts, flat: those of the first prompt, then those of the second, and so on.
+
+        A prompt may have fewer than `num_images`. Which images belong to which prompt is told by each result.
+        """
+        flat = [image for result in self for image in result.images]
+        return _joined(flat) if flat else self[0].images
 
 
 class IdentityGuard:
@@ -171,13 +196,6 @@ class IdentityGuard:
         if max_batch_size < 1:
             raise InputError(f"max_batch_size must be at least 1, got {max_batch_size}")
         find_denoiser(pipe)
-        if policy is not None and not can_race(pipe):
-            warnings.warn(
-                f"{type(pipe).__name__} with {type(pipe.scheduler).__name__} is not among the pipelines whose "
-                "candidates can be stopped half-way; all of them run to the end and are scored there",
-                stacklevel=2,
-            )
-            policy = None
         self.pipe = pipe
         self.scorer = scorer
         self.subject = subject
@@ -187,6 +205,20 @@ class IdentityGuard:
         self.profile = profile
         self.preview_vae = preview_vae
         self.duplicate_limit = duplicate_limit
+        self._warned_of: str | None = None
+        self._warn_if_nobody_races(stacklevel=3)
+
+    def _warn_if_nobody_races(self, stacklevel: int) -> None:
+        """Say so, once for each combination, when pipeline and scheduler as they are now run all to the end."""
+        combination = f"{type(self.pipe).__name__} with {type(self.pipe.scheduler).__name__}"
+        if self.policy is None or can_race(self.pipe) or combination == self._warned_of:
+            return
+        self._warned_of = combination
+        warnings.warn(
+            f"{combination} is not among the pipelines whose candidates can be stopped half-way; "
+            "all of them run to the end and are scored there",
+            stacklevel=stacklevel + 1,
+        )
 
     @overload
     def __call__(
@@ -238,14 +270,38 @@ class IdentityGuard:
         """
         num_candidates = 4 * num_images if num_candidates is None else num_candidates
         check_call(self.pipe, prompt, num_images, num_candidates, seed, budget, pipeline_kwargs)
-        if isinstance(prompt, (list, tuple)):
-            return GuardResults(
-                self(one, num_images, num_candidates, seed, budget, until_accepted, watch, **arguments)
-                for one, arguments in zip(prompt, _arguments_by_prompt(pipeline_kwargs, len(prompt)), strict=True)
-            )
-        if until_accepted and budget is None:
-            budget = float(num_candidates)
-        arguments = {"prompt": prompt, **pipeline_kwargs}
+        self._warn_if_nobody_races(stacklevel=2)
+        arguments = {name: value for name, value in pipeline_kwargs.items() if name not in RESERVED_ARGUMENTS}
+        how: dict[str, Any] = {
+            "num_images": num_images,
+            "num_candidates": num_candidates,
+            "seed": seed,
+            "budget": float(num_candidates) if until_accepted and budget is None else budget,
+            "until_accepted": until_accepted,
+            "watch": watch,
+        }
+        if not isinstance(prompt, (list, tuple)):
+            result = self._race({"prompt": prompt, **arguments}, **how)
+            _warn_if_nothing_accepted([result])
+            return result
+        results = GuardResults(
+            self._race({"prompt": one, **its_own}, **how)
+            for one, its_own in zip(prompt, _arguments_by_prompt(arguments, len(prompt)), strict=True)
+        )
+        _warn_if_nothing_accepted(results)
+        return results
+
+    def _race(
+        self,
+        arguments: dict[str, Any],
+        num_images: int,
+        num_candidates: int,
+        seed: int,
+        budget: float | None,
+        until_accepted: bool,
+        watch: Watch | None,
+    ) -> GuardResult:
+        """The result of one prompt."""
         race = _Race(self, num_images, until_accepted, arguments, watch)
         while begun := race.next_batch(num_candidates, budget):
             first = seed + len(race.candidates)
@@ -268,13 +324,21 @@ class _Race:
     denoiser_rows: int = 0
     spent: float = 0.0
     """In candidates run to the end."""
+    is_last: bool = False
+    """Whether no batch comes after the one under way, whatever becomes of it."""
     seconds: dict[str, float] = field(default_factory=lambda: {"generate": 0.0, "preview": 0.0, "score": 0.0})
 
     def next_batch(self, num_candidates: int, budget: float | None) -> int:
         """How many candidates to begin now; 0: the race is over."""
+        begun = self._next_batch(num_candidates, budget)
+        self.is_last = budget is None and len(self.candidates) + begun >= num_candidates
+        return begun
+
+    def _next_batch(self, num_candidates: int, budget: float | None) -> int:
         if self.until_accepted and sum(c.status == "accepted" for c in self.judged()) >= self.num_images:
             return 0
-        return next_wave(num_candidates, len(self.candidates), self.spent, budget, self.guard.max_batch_size)
+        largest = self.guard.max_batch_size if can_batch(self.guard.pipe) else 1
+        return next_wave(num_candidates, len(self.candidates), self.spent, budget, largest)
 
     def run(self, seeds: Sequence[int]) -> None:
         """Denoise a batch of candidates, in smaller ones when memory runs out."""
@@ -294,6 +358,8 @@ class _Race:
 
     def _run(self, seeds: Sequence[int]) -> None:
         guard, policy = self.guard, self._policy()
+        if policy is not None and not self._shows_previews(policy, len(seeds)):
+            policy = None
         asked_at = getattr(policy, "step_fractions", STEP_FRACTIONS)
         looks = _Looks(self, tuple(seeds), policy, asked_at)
         # CPU generators: the same seed is the same noise on every device
@@ -301,44 +367,65 @@ class _Race:
         started = time.perf_counter()
         batch = denoise(guard.pipe, self.arguments, generators, looks, asked_at, guard.preview_vae)
         generated = time.perf_counter()
-        images = self._pictures(batch.images)
-        scores = guard.scorer.score(images, guard.subject).tolist() if images else []
-        failures = first_failures(guard.floors, images, self.arguments["prompt"] or "")
+        images = self._pictures(batch)
+        scores, reasons = self._judge(images, batch.nsfw_content_detected or [False] * len(images))
         self.seconds["generate"] += generated - started - looks.seconds
         self.seconds["preview"] += looks.seconds
         self.seconds["score"] += time.perf_counter() - generated
 
         self.candidates |= looks.stopped
         for place, row in enumerate(batch.rows):
-            seed, seen = seeds[row], looks.previews[seeds[row]]
-            reason = verdict_on(place, scores[place], guard.subject.threshold).reason or failures[place]
-            status: Status = "rejected" if reason else "accepted"
-            self.candidates[seed] = Candidate(seed, scores[place], status, None, images[place], reason, seen)
+            seed = seeds[row]
+            self.candidates[seed] = Candidate(
+                seed=seed,
+                score=scores[place],
+                status="rejected" if reasons[place] else "accepted",
+                stopped_at_step=None,
+                image=images[place],
+                reason=reasons[place],
+                previews=looks.previews[seed],
+            )
             self.outputs[seed] = batch.images[place]
         self.denoiser_rows += batch.denoiser_rows
         self.spent += len(batch.rows) + sum(batch.stopped_at.values()) / looks.num_steps
         if self.watch is not None:
             self.watch(Glimpse(looks.num_steps, looks.num_steps, {}, self.judged()))
 
+    def _shows_previews(self, policy: StoppingPolicy, num_started: int) -> bool:
+        """Whether previews of a batch are worth decoding; someone who watches sees them in any case."""
+        return self.watch is not None or needs_previews(policy, num_started, self.num_images, self.is_last)
+
+    def _judge(self, images: Sequence[Image.Image], blackened: Sequence[bool]) -> tuple[list[float], list[str]]:
+        """Each image's score and the reason to reject it, "" where it is accepted."""
+        guard = self.guard
+        seen = [image for image, black in zip(images, blackened, strict=True) if not black]
+        scores = guard.scorer.score(seen, guard.subject).tolist() if seen else []
+        failures = first_failures(guard.floors, seen, self.arguments["prompt"] or "") if seen else []
+        verdicts = [verdict_on(place, score, guard.subject.threshold) for place, score in enumerate(scores)]
+        judged = iter([(v.score, v.reason or failure) for v, failure in zip(verdicts, failures, strict=True)])
+        # A black picture says nothing of the subject: it gets no score
+        both = [(math.nan, BLACKENED) if black else next(judged) for black in blackened]
+        return [score for score, _ in both], [reason for _, reason in both]
+
     def _policy(self) -> StoppingPolicy | None:
         """The policy; one that learns is told what is known by now."""
         guard, policy = self.guard, self.guard.policy
         if policy is None or not hasattr(policy, "informed"):
             return policy
-        finished = [c for c in self.candidates.values() if c.status != "stopped"]
+        finished = [c for c in self.candidates.values() if c.status != "stopped" and not math.isnan(c.score)]
         run = preview_profile(tuple(self.candidates.values())) if finished else None
         profile = guard.profile.joined(run) if guard.profile and run else run or guard.profile
         # Those that failed a floor compete with nobody
         rivals = [c.score for c in finished if c.status == "accepted" or c.score < guard.subject.threshold]
         return policy.informed(profile, rivals, guard.subject.threshold if self.until_accepted else None)
 
-    def _pictures(self, images: Any) -> list[Image.Image]:
+    def _pictures(self, batch: Denoised) -> list[Image.Image]:
         """What the pipeline returned, as 8-bit pictures to score and to show."""
         output_type = self.arguments.get("output_type", "pil")
-        if output_type == "pil" or len(images) == 0:
-            return list(images)
-        size = self.arguments.get("height"), self.arguments.get("width")
-        return to_pictures(as_pixels(images, output_type, self.guard.pipe, *size))
+        if output_type == "pil" or len(batch.images) == 0:
+            return list(batch.images)
+        height, width = batch.size or (self.arguments.get("height"), self.arguments.get("width"))
+        return to_pictures(as_pixels(batch.images, output_type, self.guard.pipe, height, width))
 
     def judged(self) -> tuple[Candidate, ...]:
         """All candidates in seed order; of accepted ones that look the same, only the best is accepted."""
@@ -369,7 +456,9 @@ class _Race:
             seed=seed,
         )
         chosen = [self.outputs[candidate.seed] for candidate in result.accepted[: self.num_images]]
-        return replace(result, images=_joined(chosen))
+        # None of them, in the output type asked for
+        empty = _joined(list(self.outputs.values())[:1])[:0]
+        return replace(result, images=_joined(chosen) if chosen else empty)
 
 
 @dataclass
@@ -402,20 +491,38 @@ class _Looks:
             self.race.watch(self._glimpse(moment))
         return kept
 
+    def _scores(self, rows: Sequence[int], pixels: Tensor) -> Tensor:
+        """Preview scores by row of the batch; NaN for rows already stopped and for previews that hold no picture."""
+        guard, scores = self.race.guard, torch.full((len(self.seeds),), math.nan)
+        # A VAE may overflow on the clean prediction of an early step, and not on the finished latents
+        places = [place for place in range(len(rows)) if pixels[place].isfinite().all()]
+        if places:
+            scores[[rows[place] for place in places]] = guard.scorer.score(pixels[places], guard.subject)
+        return scores
+
     def _decide(self, moment: Moment, fraction: float, policy: StoppingPolicy) -> list[int]:
-        guard = self.race.guard
-        scores, pixels = torch.full((len(self.seeds),), torch.nan), moment.preview()
-        scores[list(moment.rows)] = guard.scorer.score(pixels, guard.subject)
-        goes_on = policy.decide(fraction, scores, self.race.num_images)  # type: ignore[arg-type]
+        pixels = moment.preview()
+        scores = self._scores(moment.rows, pixels)
+        kept = policy.decide(fraction, scores, self.race.num_images)  # type: ignore[arg-type]
+        goes_on = kept | scores.isnan()  # to a policy NaN means stopped already
         for place, row in enumerate(moment.rows):
             seed, score = self.seeds[row], float(scores[row])
+            if math.isnan(score):
+                continue
             self.previews[seed][fraction] = score
             if not goes_on[row] or self.race.watch is not None:
                 self.pictures[seed] = to_pictures(pixels[place : place + 1])[0]
             if not goes_on[row]:
                 reason = f"stopped after step {moment.step} of {moment.num_steps}: preview {score:.3f}"
                 self.stopped[seed] = Candidate(
-                    seed, score, "stopped", moment.step, None, reason, self.previews[seed], self.pictures[seed]
+                    seed=seed,
+                    score=score,
+                    status="stopped",
+                    stopped_at_step=moment.step,
+                    image=None,
+                    reason=reason,
+                    previews=self.previews[seed],
+                    last_preview=self.pictures[seed],
                 )
         return [row for row in moment.rows if goes_on[row]]
 
@@ -429,10 +536,30 @@ class _Looks:
 _ORDER: dict[Status, int] = {"accepted": 0, "duplicate": 1, "rejected": 2, "stopped": 3}
 
 
-def _rank(candidate: Candidate, threshold: float) -> tuple[int, bool, float]:
-    """Sorting key, best first: by status, then, of rejected ones, those that failed a floor last, then by score."""
+def _rank(candidate: Candidate, threshold: float) -> tuple[int, bool, bool, float]:
+    """Sorting key, best first: by status, then, of rejected ones, those that failed a floor last, then by score.
+
+    Candidates without a score come last of their status.
+    """
+    unscored = math.isnan(candidate.score)
     failed_floor = candidate.status == "rejected" and candidate.score >= threshold
-    return _ORDER[candidate.status], failed_floor, -candidate.score
+    return _ORDER[candidate.status], unscored, failed_floor, 0.0 if unscored else -candidate.score
+
+
+def _warn_if_nothing_accepted(results: Sequence[GuardResult]) -> None:
+    """One warning for a call, however many of its prompts are left without an image."""
+    empty = [result for result in results if not result.accepted]
+    if not empty:
+        return
+    best = max(empty, key=lambda result: -math.inf if math.isnan(result.best.score) else result.best.score)
+    prompts = f" for {len(empty)} of {len(results)} prompts" if len(results) > 1 else ""
+    warnings.warn(
+        f"none of {len(best.candidates)} candidates was accepted{prompts}, so result.images is empty there; the best "
+        f"scored {best.best.score:.3f} ({best.best.reason}). Draw more candidates, lower the subject's threshold, or "
+        "look at result.ranked",
+        NothingAcceptedWarning,
+        stacklevel=3,
+    )
 
 
 def preview_profile(candidates: Sequence[Candidate]) -> PreviewProfile | None:
@@ -470,13 +597,21 @@ def _joined(images: Sequence[Any]) -> Any:
 
 
 def _arguments_by_prompt(arguments: Mapping[str, Any], num_prompts: int) -> list[dict[str, Any]]:
-    """Pipeline arguments of each prompt: lists of as many strings as there are prompts are dealt out."""
+    """Pipeline arguments of each prompt: lists of further prompts are dealt out, all else is given to every prompt."""
+    by_prompt: list[dict[str, Any]] = []
+    for index in range(num_prompts):
+        dealt = {name: value[index] for name, value in arguments.items() if _is_list_of_prompts(name, value)}
+        by_prompt.append({**arguments, **dealt})
+    return by_prompt
 
-    def dealt(value: Any, index: int) -> Any:
-        per_prompt = isinstance(value, (list, tuple)) and len(value) == num_prompts and isinstance(value[0], str)
-        return value[index] if per_prompt else value
 
-    return [{name: dealt(value, index) for name, value in arguments.items()} for index in range(num_prompts)]
+def _is_list_of_prompts(name: str, value: Any) -> bool:
+    """Whether an argument holds a text for each prompt: `negative_prompt`, `prompt_2` and their like, as a list."""
+    return name.startswith(("prompt", "negative_prompt")) and isinstance(value, (list, tuple)) and _all_texts(value)
+
+
+def _all_texts(values: Sequence[Any]) -> bool:
+    return bool(values) and all(isinstance(value, str) for value in values)
 
 
 def check_call(
@@ -495,15 +630,23 @@ def check_call(
         raise InputError(f"num_candidates must be at least num_images ({num_images}), got {num_candidates}")
     if seed < 0:
         raise InputError(f"seed must be 0 or more, got {seed}")
-    if budget is not None and budget < 1:
-        raise InputError(f"budget must be at least 1, in candidates run to the end, got {budget}")
+    if budget is not None and not 1 <= budget < math.inf:
+        raise InputError(f"budget must be finite and at least 1, in candidates run to the end, got {budget}")
     for name, advice in RESERVED_ARGUMENTS.items():
-        if name in pipeline_kwargs:
+        # No `in`: a list of generators, or latents, would be compared with the harmless values one by one
+        value, harmless = pipeline_kwargs.get(name), HARMLESS_VALUES.get(name, (None,))
+        if not any(value is each for each in harmless):
             raise InputError(f"{name} cannot be passed through the guard; {advice}")
     if (prompt is None) == (pipeline_kwargs.get("prompt_embeds") is None):
         raise InputError("prompt or prompt_embeds must be given, and not both")
     if isinstance(prompt, (list, tuple)) and not prompt:
         raise InputError("prompt is an empty list; give at least one")
+    num_prompts = len(prompt) if isinstance(prompt, (list, tuple)) else 1
+    for name, value in pipeline_kwargs.items():
+        if _is_list_of_prompts(name, value) and (len(value) != num_prompts or isinstance(prompt, str)):
+            raise InputError(
+                f"{name} must be one text, or a text for each prompt of a list, got a list of {len(value)}"
+            )
     for name, value in pipeline_kwargs.items():
         if "prompt_embeds" in name and value is not None and len(value) != 1:
             raise InputError(f"{name} must be of one prompt, got {len(value)}; call the guard once for each")

@@ -5,6 +5,7 @@ Scores are identity similarities: cosine in [-1, 1], larger = more alike. NaN st
 
 import itertools
 import math
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from statistics import NormalDist
@@ -71,13 +72,29 @@ def next_wave(
     full candidates, like `spent`), as many as could all run to the end within what is left of it, also beyond
     `num_candidates`: so it is never exceeded, whatever the policy does. `candidate_cost`: one that runs to the end.
     """
-    limits = [math.inf if max_batch_size is None else max_batch_size]
+    limits = [math.inf]
     if budget is None or started < num_candidates:
         limits.append(num_candidates - started)
     if budget is not None:
         # The small addition keeps 16 - 13.000000000000002 at three candidates.
-        limits.append(math.floor((budget - spent) / candidate_cost + 1e-9))
-    return max(0, int(min(limits)))
+        limits.append((budget - spent) / candidate_cost + 1e-9)
+    left = math.floor(max(0, min(*limits, sys.maxsize)))  # a budget may be infinite
+    if max_batch_size is None or left <= max_batch_size:
+        return left
+    # Waves of one size: 8, 8, 1 would leave a last candidate that has nobody to race
+    return math.ceil(left / math.ceil(left / max_batch_size))
+
+
+def needs_previews(policy: StoppingPolicy, num_started: int, num_images: int, is_last: bool) -> bool:
+    """Whether previews of a wave can change anything: stop somebody, or teach the policy for a later wave.
+
+    A wave of one is the last one, or one of many that can stop nobody either. A policy that does not say how many it
+    keeps (`keeps_at_least`) may stop anybody.
+    """
+    keeps_at_least = getattr(policy, "keeps_at_least", None)
+    if keeps_at_least is None or num_started > keeps_at_least(num_started, num_images):
+        return True
+    return not is_last and num_started > 1
 
 
 def _table(preview_scores: Tensor, final_scores: Tensor, step_fractions: Sequence[float]) -> tuple:
@@ -317,6 +334,10 @@ class RacingPolicy:
         """
         return replace(self, profile=profile, finished=tuple(finished), threshold=threshold)
 
+    def keeps_at_least(self, num_started: int, num_images: int) -> int:
+        """How many of a wave go on whatever their previews: those still missing from the finished, and one."""
+        return max(1, num_images - len(self.finished))
+
     def decide(self, step_fraction: float, preview_scores: FloatTensor, num_images: int) -> BoolTensor:
         """See `StoppingPolicy`. A higher preview is never stopped while a lower one goes on; equal ones share a fate.
 
@@ -325,7 +346,7 @@ class RacingPolicy:
         scores = preview_scores.double()
         going = ~scores.isnan()
         ranked = scores[going].sort(descending=True).values
-        at_least = max(1, num_images - len(self.finished))
+        at_least = self.keeps_at_least(len(scores), num_images)
         if len(ranked) <= at_least:
             return going  # type: ignore[return-value]
         chances = self.chances(step_fraction, ranked, len(scores), num_images)
@@ -387,11 +408,18 @@ class FixedSchedule:
         """When it wants to be asked."""
         return tuple(sorted(self.share_kept))
 
-    def decide(self, step_fraction: float, preview_scores: FloatTensor, num_images: int) -> BoolTensor:
-        """See `StoppingPolicy`; of equal previews the first ones go on."""
+    def keeps_at_least(self, num_started: int, num_images: int) -> int:
+        """How many of a wave go on whatever their previews."""
+        return self._kept(max(self.step_fractions), num_started, num_images)
+
+    def _kept(self, step_fraction: float, num_started: int, num_images: int) -> int:
         share = math.prod(share for at, share in self.share_kept.items() if at <= step_fraction + 1e-6)
         # The small subtraction keeps 0.1 * 0.1 * 100 = 1.0000000000000002 at one.
-        kept = max(num_images, math.ceil(share * len(preview_scores) - 1e-9))
+        return max(num_images, math.ceil(share * num_started - 1e-9))
+
+    def decide(self, step_fraction: float, preview_scores: FloatTensor, num_images: int) -> BoolTensor:
+        """See `StoppingPolicy`; of equal previews the first ones go on."""
+        kept = self._kept(step_fraction, len(preview_scores), num_images)
         best = preview_scores.nan_to_num(-math.inf).argsort(descending=True, stable=True)[:kept]
         going = torch.zeros_like(preview_scores, dtype=torch.bool)
         going[best] = True
@@ -470,7 +498,9 @@ def replay(
                 known = profile.joined(run) if profile else run
             informed = policy.informed(known, finished, threshold)
         going, before = torch.ones(len(rows), dtype=torch.bool), 0.0
-        for number, (column, fraction) in enumerate(zip(columns, asked)):
+        is_last = budget is None and started + len(rows) >= num_candidates
+        looks = len(asked) if needs_previews(informed, len(rows), num_images, is_last) else 0
+        for number, (column, fraction) in enumerate(zip(columns[:looks], asked[:looks])):
             cost += int(going.sum()) * (fraction - before + preview_cost)
             before = fraction
             seen[rows[going], number] = previews[rows[going], column].float()

@@ -1,9 +1,11 @@
 """Candidates stopped half-way: those that go on come out as in a plain call, and the pipeline is left as it was."""
 
 import functools
+import inspect
 import random
 from collections.abc import Callable, Collection
 
+import numpy as np
 import pytest
 import torch
 from conftest import checkered
@@ -14,6 +16,7 @@ from nearid_personalize.denoising import (
     Denoised,
     Moment,
     as_pixels,
+    can_batch,
     can_race,
     decode_latents,
     denoise,
@@ -60,6 +63,18 @@ CASES = {
     ),
 }
 
+FROM_A_PICTURE = (
+    "sd_img2img",
+    "sd_inpaint",
+    "sd_inpaint_9",
+    "sdxl_img2img",
+    "sdxl_inpaint",
+    "flux_img2img",
+    "flux_inpaint",
+    "qwen_img2img",
+    "qwen_inpaint",
+)
+
 FLOWS = {
     "FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": True},
     "FlowMatchHeunDiscreteScheduler": {},
@@ -76,7 +91,11 @@ DIFFUSIONS = [name for name in TESTED_SCHEDULERS if not name.startswith("FlowMat
 NEEDS = {"LMSDiscreteScheduler": "scipy", "DPMSolverSDEScheduler": "torchsde"}
 
 # NumPy 2 finds this in how schedulers take the logarithm of a tensor
-pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
+    # torchsde, of a first step that is a rounding error early
+    pytest.mark.filterwarnings("ignore:Should have ta:UserWarning"),
+]
 
 
 def generators(num: int = N) -> list[torch.Generator]:
@@ -84,11 +103,25 @@ def generators(num: int = N) -> list[torch.Generator]:
 
 
 def plain(pipe, arguments, num: int = N):
-    """The rows of the plain pipeline: one call for all of them."""
-    arguments = dict(arguments)
+    """The rows of the plain pipeline: one call for all of them.
+
+    Some pipelines pass their generators on to no scheduler, and some schedulers take none: here they get them.
+    """
+    arguments, seeds, scheduler = dict(arguments), generators(num), pipe.scheduler
     if type(pipe).__name__ == "StableDiffusionInpaintPipeline":
         arguments["image"] = [arguments["image"]] * num
-    return pipe(**arguments, generator=generators(num), num_images_per_prompt=num).images
+    if hasattr(scheduler, "noise_sampler_seed"):
+        scheduler.noise_sampler_seed = list(range(num))
+    step = scheduler.step
+    if "generator" in inspect.signature(step).parameters:
+        scheduler.step = functools.partial(step, generator=seeds)
+    try:
+        return pipe(**arguments, generator=seeds, num_images_per_prompt=num).images
+    finally:
+        scheduler.step = step
+        del scheduler.step
+        if hasattr(scheduler, "noise_sampler_seed"):
+            scheduler.noise_sampler_seed = None
 
 
 def following(schedule: dict[int, Collection[int]]) -> Callable[[Moment], Collection[int] | None]:
@@ -189,7 +222,6 @@ def check_scheduler(pipe, arguments, seed: str) -> None:
     """A shrinking run gives the plain rows, and neither it nor one broken off changes the next plain call."""
     assert can_race(pipe)
     arguments = {**arguments, "num_inference_steps": 5, "output_type": "latent"}
-    torch.manual_seed(0)  # some draw noise that the pipeline gives them no generator for
     rows = plain(pipe, arguments)
     left, state = traces(pipe), vars(pipe.scheduler).keys()
 
@@ -202,22 +234,89 @@ def check_scheduler(pipe, arguments, seed: str) -> None:
         denoise(pipe, arguments, generators(), interrupted)
     assert traces(pipe) == left and vars(pipe.scheduler).keys() == state
 
-    torch.manual_seed(0)
     denoised = denoise(pipe, arguments, generators(), following(random_schedule(seed, pipe.num_timesteps)))
     assert len(denoised.rows) < N
     assert_equal_rows(denoised, rows)
     assert traces(pipe) == left and vars(pipe.scheduler).keys() == state
-    torch.manual_seed(0)
     assert torch.equal(plain(pipe, arguments), rows)
 
 
-@pytest.mark.parametrize("family", ["sd_img2img", "sd_inpaint", "sd_inpaint_9"])
-def test_a_candidate_is_its_seeds_picture_whatever_the_batch(family):
+@pytest.mark.parametrize("padding_mask_crop", [None, 4])
+@pytest.mark.parametrize("family", FROM_A_PICTURE)
+def test_a_candidate_is_its_seeds_picture_whatever_the_batch(family, padding_mask_crop):
+    """Also where the pipeline draws the latents of its source picture once, by the first generator."""
     pipe, arguments = build(family)
     arguments = {**arguments, "num_inference_steps": STEPS, "output_type": "pt"}
-    denoised = denoise(pipe, arguments, generators(), following({1: [1, 3]}))
-    alone = [pipe(**arguments, generator=generator).images[0] for generator in generators()]
-    assert_equal_rows(denoised, torch.stack(alone))
+    if padding_mask_crop is not None:
+        if "padding_mask_crop" not in inspect.signature(pipe.__call__).parameters:
+            pytest.skip("no such argument")
+        arguments |= {"padding_mask_crop": padding_mask_crop, "output_type": "pil"}
+    assert can_batch(pipe)
+    denoised = denoise(pipe, arguments, generators(2), following({1: [1]}))
+    alone = [pipe(**arguments, generator=generator).images[0] for generator in generators(2)]
+    if padding_mask_crop is None:
+        assert_equal_rows(denoised, torch.stack(alone))
+        return
+    for image, row in zip(denoised.images, denoised.rows, strict=True):
+        assert abs(np.asarray(image).astype(int) - np.asarray(alone[row])).max() <= 1
+    assert "_encode_vae_image" not in vars(pipe)
+
+
+def test_pipelines_that_start_from_a_picture_unheard_of_are_not_batched():
+    """ZImageImg2ImgPipeline draws the latents of its source with the first generator, and has no place to mend that."""
+    from diffusers import ZImageImg2ImgPipeline
+
+    assert not can_batch(ZImageImg2ImgPipeline(**build("z_image")[0].components))
+    assert can_batch(build("z_image")[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("FlowMatchLCMScheduler", {}),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+        ("DPMSolverMultistepScheduler", {**FLOWS["DPMSolverMultistepScheduler"], "algorithm_type": "sde-dpmsolver++"}),
+    ],
+)
+def test_schedulers_that_draw_noise_repeat_by_seed(name, config):
+    """Their pipeline gives them no generator, and torch's own is never the same."""
+    pipe, arguments = with_scheduler("flux", name, **config)
+    arguments = {**arguments, "num_inference_steps": STEPS, "output_type": "pt"}
+    together = denoise(pipe, arguments, generators()).images
+    assert torch.equal(denoise(pipe, arguments, generators()).images, together)
+    alone = [denoise(pipe, arguments, [generator]).images[0] for generator in generators()]
+    assert (torch.stack(alone) - together).abs().max() <= TOLERANCE
+    assert (together[0] - together[1]).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_brownian_noise_repeats_by_seed(seed):
+    """The scheduler's own seed, where it has one, makes the plain picture; else its tree has the candidate's seed."""
+    pipe, arguments = with_scheduler("sd", "DPMSolverSDEScheduler")
+    pipe.scheduler.noise_sampler_seed = seed
+    arguments = {**arguments, "num_inference_steps": STEPS, "output_type": "pt"}
+    together = denoise(pipe, arguments, generators()).images
+    assert vars(pipe.scheduler)["noise_sampler_seed"] == seed
+    if seed is None:
+        alone = [denoise(pipe, arguments, [generator]).images[0] for generator in generators()]
+    else:
+        alone = [pipe(**arguments, generator=generator).images[0] for generator in generators()]
+    assert (torch.stack(alone) - together).abs().max() <= TOLERANCE
+
+
+def test_a_picture_drawn_at_random_is_the_same_for_pipelines_that_cannot_race():
+    from diffusers import FluxPipeline
+
+    class Mine(FluxPipeline):
+        """A pipeline nobody has tested."""
+
+    pipe, arguments = with_scheduler("flux", "FlowMatchLCMScheduler")
+    arguments = {**arguments, "num_inference_steps": 2, "output_type": "pt"}
+    mine = Mine(**pipe.components)
+    mine.set_progress_bar_config(disable=True)
+    assert not can_race(mine)
+    expected = denoise(pipe, arguments, generators()).images
+    assert torch.equal(denoise(mine, arguments, generators()).images, expected)
 
 
 def test_prompts_share_the_candidates():
@@ -300,6 +399,28 @@ def test_diffusers_own_callbacks_name_their_tensors():
     pipe, arguments = build("sd")
     arguments = {**arguments, "num_inference_steps": STEPS, "output_type": "pt", "callback_on_step_end": Warmer()}
     assert_equal_rows(denoise(pipe, arguments, generators(), following({2: [1]})), plain(pipe, arguments))
+
+
+@pytest.mark.parametrize(
+    ("family", "callback"),
+    [("sd", "SDCFGCutoffCallback"), ("sdxl", "SDXLCFGCutoffCallback"), ("sd3", "SD3CFGCutoffCallback")],
+)
+def test_guidance_may_be_cut_off_half_way(family, callback):
+    """These callbacks of diffusers keep one row of the embeddings, which a batch cannot use."""
+    from diffusers import callbacks
+
+    pipe, arguments = build(family)
+    cutoff = getattr(callbacks, callback)(cutoff_step_ratio=None, cutoff_step_index=1)
+    arguments = {**arguments, "num_inference_steps": STEPS, "output_type": "pt", "guidance_scale": 3.0}
+    whole = denoise(pipe, arguments, generators(2)).images
+    arguments["callback_on_step_end"] = cutoff
+    alone = [pipe(**arguments, generator=generator).images[0] for generator in generators()]
+    denoised = denoise(pipe, arguments, generators(), following({1: [0, 1, 3], 3: [3, 0]}))
+    assert_equal_rows(denoised, torch.stack(alone))
+    assert denoised.denoiser_rows == 2 * N + 2 * 3 + 3 + 2
+    assert (whole[0] - alone[0]).abs().max() > 10 * TOLERANCE
+    pipe.__class__ = type("Mine", (type(pipe),), {})  # one that cannot race
+    assert_equal_rows(denoise(pipe, arguments, generators()), torch.stack(alone))
 
 
 def test_a_scheduler_someone_else_wrapped_is_given_back():
@@ -412,18 +533,23 @@ def test_group_offload():
     assert (previews[-1] - rows[2:]).abs().max() <= TOLERANCE
 
 
-def test_the_safety_checkers_word_goes_with_its_picture():
+def with_safety_checker(pipe) -> None:
+    """Gives a Stable Diffusion pipeline a safety checker of random weights."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPVisionConfig
 
     vision = CLIPVisionConfig(
         image_size=32, patch_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
     )
-    pipe, arguments = build("sd")
     checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision.to_dict(), projection_dim=16))
     size = {"height": 32, "width": 32}
     extractor = CLIPImageProcessorPil(size=size, crop_size=size)
     pipe.register_modules(safety_checker=checker, feature_extractor=extractor)
+
+
+def test_the_safety_checkers_word_goes_with_its_picture():
+    pipe, arguments = build("sd")
+    with_safety_checker(pipe)
     arguments = {**arguments, "num_inference_steps": STEPS, "output_type": "np"}
     output = pipe(**arguments, generator=generators(), num_images_per_prompt=N)
     denoised = denoise(pipe, arguments, generators(), following({2: [1, 3]}))
@@ -461,6 +587,18 @@ def test_flux2_previews_take_the_shape_of_the_picture_it_edits():
     denoised = denoise(pipe, arguments, generators(2), lambda moment: previews.append(moment.preview()))
     assert denoised.images.shape == (2, 3, 96, 64)
     assert (previews[-1] - denoised.images).abs().max() <= TOLERANCE
+
+
+def test_flux2_latents_take_the_shape_of_the_picture_it_edits():
+    pipe, arguments = build("flux2")
+    del arguments["height"], arguments["width"]
+    arguments = {**arguments, "image": checkered(0).resize((64, 96)), "num_inference_steps": 2}
+    pixels = denoise(pipe, {**arguments, "output_type": "pt"}, generators(2)).images
+    latents = denoise(pipe, {**arguments, "output_type": "latent"}, generators(2))
+    assert latents.size == (96, 64)
+    torch.testing.assert_close(as_pixels(latents.images, "latent", pipe, *latents.size), pixels, atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match=r"^height, width: 96 latent tokens are no picture of"):
+        as_pixels(latents.images, "latent", pipe)
 
 
 def model_output(x0, noise, x, sigma, predicts: str) -> torch.Tensor:

@@ -9,11 +9,13 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.guard import Glimpse, GuardResults, IdentityGuard
+from nearid_personalize.guard import Glimpse, GuardResults, IdentityGuard, NothingAcceptedWarning
 from nearid_personalize.scorer import IdentityScorer
-from nearid_personalize.selection import FixedSchedule
+from nearid_personalize.selection import FixedSchedule, RacingPolicy
 
 STEPS = 3
+
+pytestmark = pytest.mark.filterwarnings("ignore::nearid_personalize.guard.NothingAcceptedWarning")
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,11 @@ def test_hooks_come_off_also_on_an_exception(guard, pipe):
         ("num_candidates", {"num_images": 4, "num_candidates": 3}),
         ("seed", {"seed": -1}),
         ("budget", {"budget": 0.5}),
+        ("budget", {"budget": float("inf")}),
+        ("budget", {"budget": float("nan")}),
+        ("denoising_end", {"denoising_end": 0.8}),
+        ("negative_prompt", {"negative_prompt": ["blurry"]}),
+        ("negative_prompt", {"prompt": ["a dog", "a cat"], "negative_prompt": ["blurry"] * 3}),
         ("prompt", {"prompt": None}),
         ("prompt_embeds", {"prompt": None, "prompt_embeds": torch.zeros(2, 3, 32)}),
     ],
@@ -121,6 +128,13 @@ def test_hooks_come_off_also_on_an_exception(guard, pipe):
 def test_impossible_calls_are_refused_by_name(guard, argument, kwargs):
     with pytest.raises(InputError, match=f"^{argument} "):
         guard(**{"prompt": "sks dog", **kwargs})
+
+
+def test_reserved_arguments_that_ask_for_nothing_are_harmless(guard):
+    call = {"num_images": 1, "num_candidates": 1, "num_inference_steps": 1}
+    nothing = {"generator": None, "latents": None, "num_images_per_prompt": 1}
+    plain, same = guard("sks dog", **call), guard("sks dog", **call, **nothing)
+    assert np.array_equal(pixels(plain.candidates[0].image), pixels(same.candidates[0].image))
 
 
 def test_unusable_pipelines_and_batch_sizes_are_refused(guard, pipe):
@@ -292,6 +306,56 @@ def test_a_list_of_prompts_gives_a_result_for_each(guard):
     assert results[1].prompt == "a cat" and np.array_equal(pixels(results[1].images[0]), pixels(alone.images[0]))
 
 
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_images_of_several_prompts_are_flat_whatever_their_number(guard, output_type):
+    """One prompt keeps two of three images, the other one."""
+    call = {"num_images": 3, "num_candidates": 3, "num_inference_steps": 1, "output_type": output_type}
+    prompts = ["sks dog", "a cat"]
+    scores = [sorted(c.score for c in guard(prompt, **call).candidates) for prompt in prompts]
+    # Between the second and the third of one prompt's scores, and between the first and second of the other's
+    lows = [(first[0] + first[1]) / 2 for first in scores]
+    results = with_threshold(guard, max(lows))(prompts, **call)
+    counts = [len(result.images) for result in results]
+    assert counts == [sum(score >= max(lows) for score in own) for own in scores] and len(set(counts)) == 2
+    assert len(results.images) == sum(counts)
+    singles = [image for result in results for image in result.images]
+    for image, single in zip(results.images, singles, strict=True):
+        assert (np.asarray(image) == np.asarray(single)).all()
+    with pytest.warns(NothingAcceptedWarning):
+        nothing = with_threshold(guard, 1.1)(prompts, **call).images
+    assert len(nothing) == 0 and type(nothing) is type(results.images)
+
+
+def test_names_of_tensors_are_not_dealt_out_to_prompts(guard):
+    """Two names and two prompts: the names are the callback's, for each of the prompts."""
+    seen = []
+
+    def note(pipe, step, timestep, tensors):
+        seen.append(tuple(tensors))
+        return {}
+
+    names = ["latents", "prompt_embeds"]
+    call = {"num_images": 1, "num_candidates": 1, "num_inference_steps": 1}
+    guard(["sks dog", "a cat"], callback_on_step_end=note, callback_on_step_end_tensor_inputs=names, **call)
+    assert seen == [tuple(names)] * 2
+
+
+def test_one_warning_when_nothing_is_accepted(guard):
+    call = {"num_images": 1, "num_candidates": 2, "num_inference_steps": 1}
+    strict = with_threshold(guard, 1.1)
+    with pytest.warns(NothingAcceptedWarning, match="none of 2 candidates was accepted, .* below threshold") as caught:
+        strict("sks dog", **call)
+    assert [w.filename for w in caught if w.category is NothingAcceptedWarning] == [__file__]
+    with pytest.warns(NothingAcceptedWarning, match="accepted for 2 of 2 prompts") as caught:
+        strict(["sks dog", "a cat"], **call)
+    assert [w.filename for w in caught if w.category is NothingAcceptedWarning] == [__file__]
+
+
+def test_no_warning_when_something_is_accepted(guard, recwarn):
+    with_threshold(guard, -1.0)("sks dog", num_images=1, num_candidates=1, num_inference_steps=1)
+    assert not [w for w in recwarn if w.category is NothingAcceptedWarning]
+
+
 def test_prompt_embeddings_stand_in_for_a_prompt(guard, pipe):
     embeds, _ = pipe.encode_prompt("sks dog", "cpu", 1, False)
     call = {"num_images": 1, "num_candidates": 2, "num_inference_steps": 1, "guidance_scale": 1.0}
@@ -322,3 +386,95 @@ def test_a_pipeline_outside_the_tested_list_is_scored_at_the_end_only(guard):
         other = IdentityGuard(pipe, guard.scorer, guard.subject, policy=FixedSchedule({0.5: 0.5}))
     result = other("sks dog", num_images=1, num_candidates=4, num_inference_steps=2)
     assert all(candidate.image is not None for candidate in result.candidates)
+
+
+def test_a_scheduler_swapped_later_is_noticed(guard, tiny_pipeline_dir):
+    from diffusers import IPNDMScheduler
+
+    pipe = StableDiffusionPipeline(**guard.pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    halving = IdentityGuard(pipe, guard.scorer, guard.subject, policy=FixedSchedule({0.5: 0.5}))
+    call = {"num_images": 1, "num_candidates": 2, "num_inference_steps": 2}
+    tested, pipe.scheduler = pipe.scheduler, IPNDMScheduler()
+    with pytest.warns(UserWarning, match="StableDiffusionPipeline with IPNDMScheduler is not among") as caught:
+        result = halving("sks dog", **call)
+        halving("sks dog", **call)
+    assert [w.category for w in caught if w.category is UserWarning] == [UserWarning], "told once"
+    assert all(candidate.image is not None for candidate in result.candidates)
+    pipe.scheduler = tested
+    statuses = [candidate.status for candidate in halving("sks dog", **call).candidates]
+    assert statuses.count("stopped") == 1
+
+
+# --- previews --------------------------------------------------------------------------------------------------------
+
+
+class AsksAlways:
+    """A policy of one's own: it stops nobody, and counts how often it is asked."""
+
+    step_fractions = (0.5,)
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def decide(self, step_fraction, preview_scores, num_images):
+        self.asked += 1
+        return ~preview_scores.isnan()
+
+
+@pytest.mark.parametrize("policy", [RacingPolicy(), FixedSchedule({0.5: 0.5})])
+def test_previews_that_can_stop_nobody_are_not_decoded(guard, policy):
+    racing = IdentityGuard(guard.pipe, guard.scorer, guard.subject, max_batch_size=1, policy=policy)
+    call = {"num_images": 1, "num_candidates": 2, "num_inference_steps": 4}
+    for result in (racing("sks dog", **call), racing("sks dog", **{**call, "num_images": 2})):
+        assert [candidate.previews for candidate in result.candidates] == [{}, {}]
+        assert result.cost.seconds["preview"] == 0
+    racing.max_batch_size = 8
+    assert racing("sks dog", **{**call, "num_images": 2}).cost.seconds["preview"] == 0  # both are wanted
+    assert racing("sks dog", **call).cost.seconds["preview"] > 0
+
+
+def test_previews_are_decoded_for_whoever_may_want_them(guard):
+    """For somebody who watches, and for a policy that does not say that it keeps one."""
+    racing = IdentityGuard(guard.pipe, guard.scorer, guard.subject, policy=FixedSchedule({0.5: 0.5}))
+    call = {"num_images": 1, "num_candidates": 1, "num_inference_steps": 2}
+    assert racing("sks dog", **call, watch=lambda progress: None).cost.seconds["preview"] > 0
+    racing.policy = AsksAlways()
+    racing("sks dog", **call)
+    assert racing.policy.asked == 1
+
+
+def test_a_preview_that_is_no_picture_stops_nobody(halving, monkeypatch):
+    """A VAE in half precision may overflow on an early prediction, and decode the finished latents well."""
+    call = {"num_images": 1, "num_candidates": 4, "num_inference_steps": 4}
+    plain = halving("sks dog", **call)
+    worst = min((c for c in plain.candidates if c.status == "stopped"), key=lambda c: c.score)
+    decode = type(halving.pipe.vae).decode
+
+    def overflowing(vae, latents, **kwargs):
+        decoded = decode(vae, latents, **kwargs)
+        if len(latents) == 4:  # the preview of all; two go on
+            decoded[0][worst.seed] = float("nan")
+        return decoded
+
+    monkeypatch.setattr(type(halving.pipe.vae), "decode", overflowing)
+    result = halving("sks dog", **call)
+    unseen = result.candidates[worst.seed]
+    assert unseen.status != "stopped" and unseen.previews == {} and np.isfinite(unseen.score)
+    assert [c.status for c in result.candidates].count("stopped") >= 1
+
+
+@pytest.mark.parametrize(
+    ("num_candidates", "max_batch_size", "waves"), [(17, 8, [6, 6, 5]), (9, 8, [5, 4]), (16, 8, [8, 8]), (3, 8, [3])]
+)
+def test_waves_are_even(guard, num_candidates, max_batch_size, waves):
+    guard.max_batch_size = max_batch_size
+    seen = []
+    handle = guard.pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(args[0])), with_kwargs=True
+    )
+    try:
+        guard("a", num_images=1, num_candidates=num_candidates, num_inference_steps=1, guidance_scale=1.0)
+    finally:
+        handle.remove()
+    assert seen == waves

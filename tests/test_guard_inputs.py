@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import checkered
-from test_denoising import ip_adapter, traces
+from test_denoising import ip_adapter, traces, with_safety_checker
 from tiny_pipelines import build
 
 from nearid_personalize import IdentityGuard, IdentityScorer, InputError
+from nearid_personalize.guard import NothingAcceptedWarning
 from nearid_personalize.selection import FixedSchedule
 
 N, STEPS = 4, 4
@@ -86,6 +87,55 @@ def test_ip_adapter_pictures(guarded):
     assert_candidates_are_plain_pictures(guarded(pipe), arguments)
     pipe.set_ip_adapter_scale(0.3)
     assert_candidates_are_plain_pictures(guarded(pipe), arguments)
+
+
+def test_pictures_blackened_by_a_safety_checker_are_rejected(scorer, guarded):
+    pipe, arguments = build("sd")
+    with_safety_checker(pipe)
+    checker = pipe.safety_checker
+    call = {**arguments, "num_images": 4, "num_candidates": N, "num_inference_steps": 2}
+
+    def word_on(seed: int) -> bool:
+        generator = torch.Generator().manual_seed(seed)
+        return pipe(**arguments, num_inference_steps=2, generator=generator).nsfw_content_detected[0]
+
+    checker.concept_embeds_weights.fill_(1.0)  # above any cosine: every picture passes
+    checker.special_care_embeds_weights.fill_(1.0)
+    assert not word_on(0) and len(guarded(pipe)(**call).images) == N
+    checker.concept_embeds_weights.fill_(-1.0)
+    with pytest.warns(NothingAcceptedWarning, match="blackened by the safety checker"):
+        result = guarded(pipe)(**call)
+    assert word_on(0) and len(result.images) == 0
+    for candidate in result.candidates:
+        assert candidate.status == "rejected" and candidate.reason == "blackened by the safety checker"
+        assert np.isnan(candidate.score) and np.asarray(candidate.image).max() == 0
+
+
+def test_a_blackened_picture_is_no_evidence_for_the_policy(guarded):
+    """A second wave is informed by what finished: by seen pictures alone, and ranked after them."""
+    from nearid_personalize.selection import RacingPolicy
+
+    pipe, arguments = build("sd")
+    with_safety_checker(pipe)
+    forward, told = type(pipe.safety_checker).forward, []
+
+    class Listening(RacingPolicy):
+        def informed(self, profile, finished=(), threshold=None):
+            told.append(tuple(finished))
+            return super().informed(profile, finished, threshold)
+
+    def second_is_black(clip_input, images):
+        forward(pipe.safety_checker, clip_input, images)
+        flags = [index == 1 for index in range(len(images))]
+        return torch.stack([0 * image if black else image for image, black in zip(images, flags)]), flags
+
+    pipe.safety_checker.forward = second_is_black
+    guard = guarded(pipe)
+    guard.policy, guard.max_batch_size = Listening(risk=0.0), 3
+    result = guard(**arguments, num_images=1, num_candidates=6, num_inference_steps=2)
+    black = {c.seed for c in result.candidates if c.reason.startswith("blackened")}
+    assert black == {1, 4} and {c.seed for c in result.ranked[-2:]} == black
+    assert len(told) == 2 and told[1] == tuple(result.candidates[seed].score for seed in (0, 2))
 
 
 @pytest.mark.parametrize(("family", "name"), [("sdxl", "cross_attention_kwargs"), ("flux", "joint_attention_kwargs")])

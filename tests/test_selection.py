@@ -481,6 +481,9 @@ def test_a_policy_that_draws_draws_from_the_seed():
 def test_a_wave_is_what_the_budget_can_bring_to_the_end():
     assert next_wave(16) == 16 and next_wave(16, started=16, spent=7.0) == 0
     assert next_wave(16, max_batch_size=6) == 6 and next_wave(16, started=12, max_batch_size=6) == 4
+    assert next_wave(17, max_batch_size=8) == 6 and next_wave(17, started=12, max_batch_size=8) == 5
+    assert next_wave(16, budget=math.inf) == 16
+    assert next_wave(16, started=16, spent=9.0, budget=math.inf, max_batch_size=8) == 8
     assert next_wave(16, budget=10) == 10 and next_wave(16, started=10, spent=5.5, budget=10) == 4
     assert next_wave(16, started=16, spent=8.2, budget=16) == 7
     assert next_wave(16, started=16, spent=8.2, budget=16, candidate_cost=1.2) == 6

@@ -4,6 +4,7 @@ Each builder returns the pipeline and the arguments of a call that makes one 32-
 Families whose text encoder is a language model get prompt embeddings and no text encoder.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -89,24 +90,13 @@ def sd_v_prediction() -> Built:
 
 
 def sd_img2img() -> Built:
-    from diffusers import StableDiffusionImg2ImgPipeline
-
-    pipe, arguments = sd()
-    pipe = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
-    return pipe, {**arguments, "image": checkered(1, SIZE), "strength": 0.8}
+    pipe, arguments = from_a_picture("StableDiffusionImg2ImgPipeline", *sd())
+    return pipe, {**arguments, "strength": 0.8}
 
 
 def sd_inpaint() -> Built:
     """The inpainting pipeline on an ordinary UNet of four channels, which blends latents in its loop."""
-    from diffusers import StableDiffusionInpaintPipeline
-    from PIL import Image
-
-    pipe, arguments = sd()
-    pipe = StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False)
-    mask = Image.new("L", (SIZE, SIZE))
-    mask.paste(255, (0, 0, SIZE // 2, SIZE))
-    picture = {"image": checkered(1, SIZE), "mask_image": mask, "strength": 0.9, "height": SIZE, "width": SIZE}
-    return pipe, {**arguments, **picture}
+    return from_a_picture("StableDiffusionInpaintPipeline", *sd())
 
 
 def sd_inpaint_9() -> Built:
@@ -116,6 +106,48 @@ def sd_inpaint_9() -> Built:
     pipe, arguments = sd_inpaint()
     pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config, in_channels=9)
     return pipe, arguments
+
+
+def from_a_picture(name: str, pipe: Any, arguments: dict[str, Any]) -> Built:
+    """The pipeline of this class, made of another's parts, and a picture to start from; its left half is masked."""
+    import diffusers
+    from PIL import Image
+
+    kind = getattr(diffusers, name)
+    known = inspect.signature(kind.__init__).parameters
+    parts = {part: module for part, module in pipe.components.items() if part in known}
+    options = {"requires_safety_checker": False} if "requires_safety_checker" in known else {}
+    picture = {"image": checkered(1, SIZE), "strength": 0.9}
+    if "mask_image" in inspect.signature(kind.__call__).parameters:
+        picture["mask_image"] = Image.new("L", (SIZE, SIZE))
+        picture["mask_image"].paste(255, (0, 0, SIZE // 2, SIZE))
+    if "height" in inspect.signature(kind.__call__).parameters:
+        picture |= {"height": SIZE, "width": SIZE}
+    return kind(**parts, **options), {**arguments, **picture}
+
+
+def sdxl_img2img() -> Built:
+    return from_a_picture("StableDiffusionXLImg2ImgPipeline", *sdxl())
+
+
+def sdxl_inpaint() -> Built:
+    return from_a_picture("StableDiffusionXLInpaintPipeline", *sdxl())
+
+
+def flux_img2img() -> Built:
+    return from_a_picture("FluxImg2ImgPipeline", *flux())
+
+
+def flux_inpaint() -> Built:
+    return from_a_picture("FluxInpaintPipeline", *flux())
+
+
+def qwen_img2img() -> Built:
+    return from_a_picture("QwenImageImg2ImgPipeline", *qwen())
+
+
+def qwen_inpaint() -> Built:
+    return from_a_picture("QwenImageInpaintPipeline", *qwen())
 
 
 def sdxl() -> Built:
@@ -285,7 +317,25 @@ def embeddings(seed: int = 0) -> torch.Tensor:
 
 BUILDERS: dict[str, Callable[..., Built]] = {
     builder.__name__: builder
-    for builder in (sd, sd_v_prediction, sd_img2img, sd_inpaint, sd_inpaint_9, sdxl, sd3, flux, flux2, qwen, z_image)
+    for builder in (
+        sd,
+        sd_v_prediction,
+        sd_img2img,
+        sd_inpaint,
+        sd_inpaint_9,
+        sdxl,
+        sdxl_img2img,
+        sdxl_inpaint,
+        sd3,
+        flux,
+        flux_img2img,
+        flux_inpaint,
+        flux2,
+        qwen,
+        qwen_img2img,
+        qwen_inpaint,
+        z_image,
+    )
 }
 
 

@@ -1,6 +1,7 @@
 """`nearid generate`: candidates from a pipeline, those kept that show the subject."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,7 @@ def guarded(
 ) -> "GuardResult":
     """The guard's candidates of `prompt`, as `options` have them raced and judged; updates the preview profile."""
     from nearid_personalize.floors import COPY_LIMIT
-    from nearid_personalize.guard import IdentityGuard, preview_profile
+    from nearid_personalize.guard import IdentityGuard, NothingAcceptedWarning, preview_profile
     from nearid_personalize.selection import DEFAULT_POLICY
 
     subject = scorer.enroll(references, false_accept_rate=options.false_accept_rate)
@@ -75,16 +76,19 @@ def guarded(
         duplicate_limit=COPY_LIMIT if options.reject_copies else None,
     )
     guidance: dict[str, Any] = {} if options.guidance_scale is None else {"guidance_scale": options.guidance_scale}
-    result = guard(
-        prompt,
-        num_images=options.num_images,
-        num_candidates=options.num_candidates,
-        seed=options.seed,
-        budget=options.budget,
-        until_accepted=options.until_accepted,
-        num_inference_steps=options.steps,
-        **guidance,
-    )
+    with warnings.catch_warnings():
+        # The table and the exit status say it
+        warnings.simplefilter("ignore", NothingAcceptedWarning)
+        result = guard(
+            prompt,
+            num_images=options.num_images,
+            num_candidates=options.num_candidates,
+            seed=options.seed,
+            budget=options.budget,
+            until_accepted=options.until_accepted,
+            num_inference_steps=options.steps,
+            **guidance,
+        )
     if options.preview_profile is not None and (learnt := preview_profile(result.candidates)):
         known = profile.joined(learnt) if profile else learnt
         write_atomically(options.preview_profile, json.dumps(known.to_dict()) + "\n")
