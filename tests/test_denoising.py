@@ -411,14 +411,14 @@ def test_guidance_may_be_cut_off_half_way(family, callback):
 
     pipe, arguments = build(family)
     cutoff = getattr(callbacks, callback)(cutoff_step_ratio=None, cutoff_step_index=1)
-    arguments = {**arguments, "num_inference_steps": STEPS, "output_type": "pt", "guidance_scale": 100.0}
+    arguments = {**arguments, "num_inference_steps": STEPS, "output_type": "pt", "guidance_scale": 3.0}
     whole = denoise(pipe, arguments, generators(2)).images
     arguments["callback_on_step_end"] = cutoff
     alone = [pipe(**arguments, generator=generator).images[0] for generator in generators()]
     denoised = denoise(pipe, arguments, generators(), following({1: [0, 1, 3], 3: [3, 0]}))
     assert_equal_rows(denoised, torch.stack(alone))
-    assert denoised.denoiser_rows == 2 * N + 2 * 3 + 3 + 2
-    assert (whole[0] - alone[0]).abs().max() > 10 * TOLERANCE
+    assert denoised.denoiser_rows == 2 * N + 2 * 3 + 3 + 2, "both halves of guidance in two steps of four"
+    assert (whole[0] - alone[0]).abs().max() > 2 * TOLERANCE
     pipe.__class__ = type("Mine", (type(pipe),), {})  # one that cannot race
     assert_equal_rows(denoise(pipe, arguments, generators()), torch.stack(alone))
 
