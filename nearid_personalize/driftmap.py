@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nearid_personalize.encoder import NearIDModel
 from nearid_personalize.errors import InputError
-from nearid_personalize.images import iterate_sources, load_image, to_square
+from nearid_personalize.images import check_pixel_range, iterate_sources, load_image, to_square
 from nearid_personalize.scorer import Aggregation, IdentityScorer, Images, identity_scores
 from nearid_personalize.trunks import has_class_token
 
@@ -216,6 +216,7 @@ def _pixels(scorer: IdentityScorer, images: Images, name: str) -> Tensor:
         images = torch.stack(squares) if squares else torch.empty(0)
     if len(images) == 0:
         raise InputError(f"{name}: empty; give at least one picture")
+    check_pixel_range(images, name)
     return scorer.preprocessing(images if images.ndim == 4 else images[None], scorer.model.device)
 
 

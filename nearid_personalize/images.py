@@ -12,6 +12,7 @@ import uuid
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nearid_personalize.errors import InputError
 
@@ -29,16 +31,32 @@ Resample: TypeAlias = Literal["bicubic", "bilinear"]
 MAX_PIXELS = 100_000_000
 """Largest picture read, in pixels: 100 MP is 300 MB once decoded."""
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"),
+    *(".png", ".tif", ".tiff", ".webp"),
+)
+"""How the names of pictures end. What a file holds is told from its first bytes, whatever its name."""
+
 MASK_SUFFIX = ".mask"  # photo.mask.png beside photo.jpg
 
 # Pillow's other readers are left out whatever a file is called: the EPS one runs Ghostscript on it.
-_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+_FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "PNG", "TIFF", "WEBP")
+
+# The two formats that not every installation reads: how their files begin, and what reads them.
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+_OPTIONAL = {
+    "AVIF": ((b"avif", b"avis"), "Pillow 11.3 or newer reads it (pip install -U pillow)"),
+    "HEIF": (_HEIF_BRANDS, "pillow-heif reads it (pip install 'nearid-personalize[heic]')"),
+}
 
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}  # of Windows
 
-# What Pillow raises on damaged data; flipping and cutting bytes in 300,000 files met the first four of these.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, OverflowError, EOFError, struct.error, zlib.error)
+# What Pillow raises on damaged data. Flipping and cutting bytes in 400,000 files met the first six of these: its AVIF
+# decoder raises RuntimeError, its TIFF reader TypeError.
+_DECODE_ERRORS = (
+    *(OSError, SyntaxError, ValueError, OverflowError, RuntimeError, TypeError),
+    *(EOFError, struct.error, zlib.error),
+)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -142,16 +160,34 @@ def _open(file: Path | BytesIO, name: str, max_pixels: int) -> Image.Image:
     except PermissionError:
         raise InputError(f"{name}: may not be read; check the file's permissions") from None
     except _DECODE_ERRORS:
-        raise InputError(f"{name}: not a picture that can be read; give a valid PNG, JPEG or WebP file") from None
+        reason = _missing_reader(file) or "not a picture that can be read; give a valid PNG, JPEG or WebP file"
+        raise InputError(f"{name}: {reason}") from None
     with image:
         return _decode(image, name, max_pixels)
 
 
 @cache
 def _readable_formats() -> tuple[str, ...]:
-    """Those of `_FORMATS` that this build of Pillow has."""
+    """Those of `_FORMATS` that this build of Pillow has, and HEIF where the optional pillow-heif is installed."""
     Image.init()
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
     return tuple(format for format in _FORMATS if format in Image.OPEN)
+
+
+def _missing_reader(file: Path | BytesIO) -> str:
+    """Of a picture in a format that has no reader here: what reads it. "" for anything else."""
+    if isinstance(file, BytesIO):
+        head = file.getvalue()[:12]
+    else:
+        with open(file, "rb") as opened:
+            head = opened.read(12)
+    for format, (brands, reader) in _OPTIONAL.items():
+        if head[4:8] == b"ftyp" and head[8:12] in brands and format not in _readable_formats():
+            return f"a picture in {format} format; {reader}, or save it as JPEG or PNG"
+    return ""
 
 
 def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
@@ -304,6 +340,23 @@ def preprocess(
     return (pixels - shift) / scale
 
 
+def check_pixel_range(pixels: torch.Tensor, name: str = "images") -> None:
+    """Raise InputError for float pixels outside [0, 1], as pictures in [-1, 1] or 0 … 255 have.
+
+    NaN passes: a picture of NaN gets NaN scores, and does not spoil its neighbours in the batch.
+    """
+    # A fake tensor, by which memory is estimated, has no values.
+    if not pixels.is_floating_point() or isinstance(pixels, FakeTensor):
+        return
+    outside = (pixels < 0) | (pixels > 1)
+    if outside.any():
+        known = pixels.detach()[~pixels.isnan()]
+        raise InputError(
+            f"{name}: float pixels from {known.min():g} to {known.max():g}; give floats in [0, 1] "
+            "(a pipeline's [-1, 1] is x / 2 + 0.5, clamped)"
+        )
+
+
 def to_square(image: Image.Image, size: int, resample: Resample = "bicubic") -> torch.Tensor:
     """RGB picture -> uint8 `[3,size,size]`, squashed as `preprocess` does; nothing is left for it to resize."""
     return _resize_as_is(_to_bytes(image), size, resample)[0]
@@ -371,11 +424,20 @@ def save_image(image: Image.Image, path: str | Path) -> None:
     """Write a picture atomically, in the format of the path's suffix (JPEG at quality 95).
 
     Raises:
-        InputError: the suffix is not one of `IMAGE_SUFFIXES`.
+        InputError: the suffix is not one of `IMAGE_SUFFIXES`, or of a format that this build of Pillow cannot write.
     """
     path = Path(path)
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise InputError(f"{path}: unknown picture suffix {path.suffix!r}; use one of {', '.join(IMAGE_SUFFIXES)}")
+    formats = _written_formats()
+    if path.suffix.lower() not in formats:
+        raise InputError(f"{path}: unknown picture suffix {path.suffix!r}; use one of {', '.join(formats)}")
     buffer = BytesIO()
-    image.save(buffer, format=Image.registered_extensions()[path.suffix.lower()], quality=95)
+    image.save(buffer, format=formats[path.suffix.lower()], quality=95)
     write_atomically(path, buffer.getvalue())
+
+
+@cache
+def _written_formats() -> dict[str, str]:
+    """Pillow's format for each of `IMAGE_SUFFIXES` that it can write here."""
+    _readable_formats()  # makes pillow-heif known to Pillow
+    known = Image.registered_extensions()
+    return {suffix: known[suffix] for suffix in IMAGE_SUFFIXES if known.get(suffix) in Image.SAVE}

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Color: TypeAlias = tuple[int, int, int]
 
+UNREADABLE = "unreadable"
+"""Status of a file that is no picture, or a damaged one."""
+
 TILE = 168
 """Side of a picture on the sheet, pixels; smaller pictures are enlarged to it."""
 COLUMNS = 8
@@ -46,13 +49,14 @@ class Tile:
     """One scored picture of a contact sheet.
 
     `name` is what to call it ("seed 7", a file name), `score` a cosine in [-1, 1] or NaN, `image` None where there is
-    no picture; a stopped candidate's is its last preview.
+    no picture; a stopped candidate's is its last preview. `reason` says why there is no score, where that is known.
     """
 
     image: Image.Image | None
     name: str
     score: float
     status: str
+    reason: str = ""
 
 
 # --- contact sheet ---------------------------------------------------------------------------------------------------
@@ -284,11 +288,16 @@ def score_report(tiles: Sequence[Tile], threshold: float, scorer: str, seconds: 
     """The report of scoring existing pictures, in the order of `tiles`; each tile's name is its file's."""
     return {
         "threshold": threshold,
-        "images": [{"image": t.name, "score": finite_or_none(t.score), "status": t.status} for t in tiles],
+        "images": [_scored(tile) for tile in tiles],
         "cost": {"seconds": rounded(seconds)},
         "models": {"scorer": scorer},
         "versions": versions(),
     }
+
+
+def _scored(tile: Tile) -> dict:
+    entry = {"image": tile.name, "score": finite_or_none(tile.score), "status": tile.status}
+    return {**entry, "reason": tile.reason} if tile.reason else entry
 
 
 def evaluation_report(

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from nearid_personalize.checkpoints import weights_fingerprint
 from nearid_personalize.errors import InputError
 from nearid_personalize.floors import Floor
-from nearid_personalize.images import ImageSource, load_images
+from nearid_personalize.images import ImageSource, check_pixel_range, load_images
 from nearid_personalize.scorer import IdentityScorer, Subject, identity_scores
 
 Pictures = ImageSource | Iterable[ImageSource]
@@ -31,10 +31,11 @@ def identity_reward(pixels: Tensor, scorer: IdentityScorer, subject: Subject) ->
     The scorer's weights get no gradient, whether or not they are frozen. Its score of the same pictures as bytes
     differs by the rounding of the pixels.
 
-    Raises InputError for pixels of another type or shape, and for a subject of another model's width.
+    Raises InputError for pixels of another type, shape or range, and for a subject of another model's width.
     """
     if not pixels.is_floating_point():
         raise InputError(f"pixels: {pixels.dtype} has no gradient; give float [N,3,H,W] in [0, 1]")
+    check_pixel_range(pixels, "pixels")
     model = scorer.model
     weights = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
     embedded = functional_call(model, weights, (scorer.preprocessing(pixels, model.device),)).image_embeds

@@ -38,6 +38,7 @@ from nearid_personalize.errors import InputError
 from nearid_personalize.images import (
     ImageSource,
     Resample,
+    check_pixel_range,
     iterate_sources,
     load_image,
     to_square,
@@ -305,7 +306,9 @@ class IdentityScorer:
     def _batches(self, images: Images, report: OnError) -> Generator[Tensor]:
         """Batches [B,3,H,W], uint8 or float; an unreadable picture is reported and stands there black."""
         if isinstance(images, Tensor) and images.ndim == 4:
-            yield from images.split(self.batch_size) if len(images) else ()
+            for batch in images.split(self.batch_size) if len(images) else ():
+                check_pixel_range(batch)
+                yield batch
             return
         with closing(self._decoded(images, report)) as pictures:
             while batch := list(islice(pictures, self.batch_size)):

@@ -260,7 +260,7 @@ def test_missing_and_empty_reference_folders(score: list, tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("kind", ["corrupt", "truncated", "text", "huge"])
-def test_a_bad_picture_among_good_ones_is_named(
+def test_a_bad_reference_among_good_ones_is_named(
     score: list, photo_dir: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ):
     bad = photo_dir / "photo-9.jpg"
@@ -277,6 +277,86 @@ def test_a_bad_picture_among_good_ones_is_named(
     assert nearid(*score, "--out", tmp_path / "out") == 2
     assert_one_line(capsys, bad)
     assert not list(tmp_path.glob("out/*"))
+
+
+def with_bad_files(score: list, folder: Path, *good: int) -> list[object]:
+    """`score`, its pictures a folder of good ones (seeds of `checkered`), a damaged, and a text file."""
+    folder.mkdir()
+    for seed in good:
+        checkered(seed).save(folder / f"good-{seed}.png")
+    (folder / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(30))
+    (folder / "notes.jpg").write_text("not a picture at all")
+    return [folder if word == score[score.index("--images") + 1] else word for word in score[3:]]
+
+
+def test_score_goes_on_past_files_that_cannot_be_read_and_lists_them(
+    score: list, photo_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    flags = ["score", "--references", photo_dir, *with_bad_files(score, pictures, 0, 1)]
+    assert nearid(*flags, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert f"not scored: {pictures / 'cut.png'}: " in printed and f"not scored: {pictures / 'notes.jpg'}: " in printed
+    rows = [line.split()[1:] for line in printed.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[0] for row in rows[2:]] == ["cut.png", "notes.jpg"]
+    assert all(row[1:] == ["-", "unreadable"] for row in rows[2:])
+    assert "accepted 2 of 4" in printed and "2 could not be read" in printed
+
+    report = json.loads((out / "report.json").read_text())
+    assert [entry["status"] for entry in report["images"]] == ["accepted", "accepted", "unreadable", "unreadable"]
+    assert [entry["score"] for entry in report["images"][2:]] == [None, None]
+    assert all("picture" in entry["reason"] or "damaged" in entry["reason"] for entry in report["images"][2:])
+    assert not any("reason" in entry for entry in report["images"][:2])
+
+    nearid(*flags, "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert told["images"] == report["images"]
+
+
+def test_a_score_of_files_none_of_which_can_be_read_is_wrong_input(
+    score: list, photo_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    flags = ["score", "--references", photo_dir, *with_bad_files(score, tmp_path / "bad")]
+    assert nearid(*flags, "--out", tmp_path / "out") == 2
+    assert_one_line(capsys, "none of 2 files", tmp_path / "bad" / "cut.png")
+    assert not list(tmp_path.glob("out/*"))
+    score[score.index("--images") + 1] = tmp_path / "bad" / "notes.jpg"
+    assert nearid(*score) == 2
+    assert_one_line(capsys, tmp_path / "bad" / "notes.jpg", "not a picture")
+
+
+# --- accept thresholds -----------------------------------------------------------------------------------------------
+
+
+def test_a_false_accept_rate_without_anything_to_set_it_by_names_both_flags(
+    score: list, generate: list, capsys: pytest.CaptureFixture[str]
+):
+    for command in (score, generate):
+        assert nearid(*command, "--false-accept-rate", 0.05) == 2
+        assert_one_line(capsys, "--false-accept-rate 0.05", "--negatives", "19 or more")
+    assert nearid(*score, "--false-accept-rate", 1.5) == 2
+    assert_one_line(capsys, "--false-accept-rate 1.5", "between 0 and 1")
+
+
+def test_negatives_set_the_threshold(score: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    negatives = tmp_path / "negatives"
+    negatives.mkdir()
+    for seed in range(100, 119):
+        checkered(seed).save(negatives / f"{seed}.png")
+    nearid(*score, "--false-accept-rate", 0.05, "--negatives", negatives, "--json")
+    captured = capsys.readouterr()
+    assert "at most 5.00% of pictures like the 19 negatives given" in captured.err
+    threshold = json.loads(captured.out)["threshold"]
+
+    score[score.index("--images") + 1] = negatives
+    assert nearid(*score, "--false-accept-rate", 0.05, "--negatives", negatives, "--json") == 3
+    scores = [entry["score"] for entry in json.loads(capsys.readouterr().out)["images"]]
+    assert max(scores) < threshold and threshold == pytest.approx(max(scores), abs=1e-5)
+
+    assert nearid(*score, "--false-accept-rate", 0.01, "--negatives", negatives) == 2
+    assert_one_line(capsys, "--false-accept-rate 0.01", "takes 99 negatives", "here are 19", "--negatives")
+    assert nearid(*score, "--negatives", tmp_path / "nowhere") == 2
+    assert_one_line(capsys, tmp_path / "nowhere", "no such folder")
 
 
 def test_unwritable_out_is_found_before_any_model_is_loaded(

@@ -17,13 +17,14 @@ from test_uploads import BAD_LORAS, BAD_PICTURES, pair
 
 from nearid_personalize import IdentityScorer
 from nearid_personalize.commands.options import Demo
-from nearid_personalize.demo.api import checked_places
+from nearid_personalize.demo.api import PHOTO_FILES, checked_places
 from nearid_personalize.demo.desk import Desk
 from nearid_personalize.demo.jobs import Cancelled, Device, Job
 from nearid_personalize.demo.server import credentials, serve
 from nearid_personalize.demo.studio import CARD_SCALES, Exam, Lesson, Studio
 from nearid_personalize.demo.visitors import Visitors
 from nearid_personalize.errors import InputError
+from nearid_personalize.images import IMAGE_SUFFIXES
 from nearid_personalize.miniworld import example_references
 
 gradio_client = pytest.importorskip("gradio_client")
@@ -226,6 +227,13 @@ def test_a_lora_gets_its_report_card(tmp_path):
 def last(job: Job):
     """What a job returned."""
     return [news for news in job.news() if news is not None][-1]
+
+
+def test_whatever_is_read_may_be_uploaded():
+    """Python's table of MIME types knows neither .mpo nor, on a bare machine, .webp."""
+    for suffix in IMAGE_SUFFIXES:
+        assert gradio_client.utils.is_valid_file(f"IMG_1{suffix.upper()}", PHOTO_FILES)
+    assert not gradio_client.utils.is_valid_file("notes.txt", PHOTO_FILES)
 
 
 def test_an_uploaded_lora_is_used_until_it_is_taken_out(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import sys
 import zlib
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +15,9 @@ from PIL import Image
 
 from nearid_personalize import images
 from nearid_personalize.errors import InputError
+
+OPTIONAL = [format for format in ("AVIF", "HEIF") if format in images._readable_formats()]
+"""Formats that not every installation reads."""
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -174,6 +178,68 @@ def test_the_given_picture_is_neither_changed_nor_shared():
     np.testing.assert_array_equal(pixels(image), pixels(checkered(0)))
 
 
+@pytest.mark.parametrize("format", ["JPEG", "MPO", *(f for f in OPTIONAL if f == "AVIF")])
+def test_what_phones_and_browsers_save_is_read(format: str):
+    """MPO is what many phones call .jpg: a JPEG with a second picture behind it."""
+    upright = checkered(2, 64).crop((0, 0, 64, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = upright.transpose(Image.Transpose.ROTATE_90)
+    behind = {"save_all": True, "append_images": [stored.transpose(Image.Transpose.ROTATE_180)]}
+    source = encoded(stored, format, exif=exif, quality=95, **(behind if format == "MPO" else {}))
+    loaded = images.load_image(source)
+    assert loaded.size == upright.size
+    assert np.abs(pixels(loaded) - pixels(upright)).mean() < 12  # as lossy as at this quality
+
+
+@pytest.mark.skipif("HEIF" not in OPTIONAL, reason="pillow-heif is not installed")
+def test_heic_is_read_upright_where_its_reader_is_installed(tmp_path: Path):
+    upright = checkered(2, 64)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    images._readable_formats()
+    (tmp_path / "IMG_1.HEIC").write_bytes(
+        encoded(upright.transpose(Image.Transpose.ROTATE_90), "HEIF", exif=exif.tobytes(), quality=95)
+    )
+    (loaded,) = images.load_images(tmp_path)
+    assert np.abs(pixels(loaded) - pixels(upright)).mean() < 12
+
+
+@pytest.fixture
+def without_optional_readers(monkeypatch: pytest.MonkeyPatch):
+    """As if pillow-heif were not installed, and Pillow older than 11.3."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    Image.init()
+    for format in ("HEIF", "AVIF"):
+        monkeypatch.delitem(Image.OPEN, format, raising=False)
+    images._readable_formats.cache_clear()
+    yield
+    images._readable_formats.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "brand", "told"),
+    [
+        (".heic", b"heic", "pillow-heif"),
+        (".HEIC", b"mif1", "pillow-heif"),
+        (".jpg", b"heix", "pillow-heif"),
+        (".avif", b"avif", "Pillow 11.3"),
+    ],
+)
+def test_photos_without_a_reader_are_named_not_skipped(
+    tmp_path: Path, suffix: str, brand: bytes, told: str, without_optional_readers: None
+):
+    path = tmp_path / f"IMG_1{suffix}"
+    content = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(40)
+    path.write_bytes(content)
+    checkered(0).save(tmp_path / "other.png")
+    with pytest.raises(InputError) as error:
+        images.load_images(tmp_path)
+    assert one_line(error).startswith(f"{path}: ") and told in str(error.value) and "JPEG" in str(error.value)
+    with pytest.raises(InputError, match=told):
+        images.load_image(content)
+
+
 # --- pictures that cannot be read ------------------------------------------------------------------------------------
 
 
@@ -204,15 +270,27 @@ def test_damaged_bytes_never_raise_anything_else():
     random = np.random.default_rng(0)
     exif = Image.Exif()
     exif[0x0112] = 6
-    for format in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"):
-        whole = encoded(checkered(0, 24), format, **({"exif": exif} if format in ("PNG", "JPEG", "WEBP") else {}))
-        for _ in range(60):
-            content = bytearray(whole[: random.integers(1, len(whole) + 1)])
-            content[random.integers(len(content))] = random.integers(256)
+    with_exif = ("AVIF", "PNG", "JPEG", "WEBP")
+    for format in ("BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP", *OPTIONAL):
+        whole = encoded(checkered(0, 24), format, **({"exif": exif} if format in with_exif else {}))
+        for number in range(300):
+            # Every third file is cut short: of a whole one, flipped bytes reach further into the decoder.
+            content = bytearray(whole[: random.integers(1, len(whole) + 1)] if number % 3 == 0 else whole)
+            for _ in range(random.integers(1, 4)):
+                content[random.integers(len(content))] = random.integers(256)
             try:
-                assert images.load_image(bytes(content)).mode == "RGB"
+                assert images.load_image(bytes(content), max_pixels=1_000_000).mode == "RGB"
             except InputError as error:
                 assert "\n" not in str(error)
+
+
+def test_a_number_of_a_tiff_that_became_text():
+    """Pillow raises a TypeError on it."""
+    content = encoded(checkered(0, 24), "TIFF")
+    strip_offsets = struct.pack("<HHI", 273, 4, 1)
+    assert strip_offsets in content
+    with pytest.raises(InputError, match="damaged or cut short"):
+        images.load_image(content.replace(strip_offsets, struct.pack("<HHI", 273, 2, 1)))
 
 
 def test_a_text_file_named_jpg(tmp_path: Path):
@@ -365,6 +443,22 @@ def test_preprocess_refuses_what_it_cannot_read():
     for wrong in (torch.zeros(3, 8, 8), torch.zeros(1, 4, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.int64), []):
         with pytest.raises(InputError):
             images.preprocess(wrong, 8, (0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize("low_high", [(-1.0, 1.0), (0.0, 255.0), (0.0, 1.001), (-0.001, 1.0)])
+def test_float_pixels_outside_their_range_are_refused(low_high: tuple[float, float]):
+    pixels = torch.rand(2, 3, 8, 8)
+    pixels[1, 0, 0, :2] = torch.tensor(low_high)
+    with pytest.raises(InputError, match=r"batch: float pixels from .* give floats in \[0, 1\]"):
+        images.check_pixel_range(pixels, "batch")
+
+
+def test_pixels_in_range_pass():
+    for kept in (torch.rand(2, 3, 4, 4), torch.tensor([0.0, 1.0]).half(), torch.full((2,), 200, dtype=torch.uint8)):
+        images.check_pixel_range(kept)
+    images.check_pixel_range(torch.tensor([0.5, float("nan")]))
+    with torch._subclasses.FakeTensorMode():
+        images.check_pixel_range(torch.empty(2))
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

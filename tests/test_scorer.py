@@ -15,7 +15,9 @@ from transformers import Dinov2Config, Dinov2Model
 from nearid_personalize import Calibration, IdentityScorer, InputError, NearIDModel, Subject
 from nearid_personalize.calibration import CalibrationBank, ThresholdOrigin, leave_one_out_scores
 from nearid_personalize.checkpoints import save_head
+from nearid_personalize.driftmap import drift_map
 from nearid_personalize.images import load_image as decode
+from nearid_personalize.rewards import identity_reward
 from nearid_personalize.scorer import (
     SINGLE_REFERENCE_THRESHOLD,
     UNCALIBRATED_MARGIN,
@@ -110,6 +112,27 @@ def test_embeddings_are_unit_float32_and_independent_of_batch_size(tiny_nearid_d
             NearIDModel.from_pretrained(tiny_nearid_dir), 32, (0.5,) * 3, (0.5,) * 3, batch_size=batch_size
         )
         assert torch.allclose(scorer_of.embed(pictures), expected, atol=1e-5)
+
+
+def test_float_batches_outside_their_range_are_refused(scorer):
+    batch = torch.rand(3, 3, 40, 40)
+    with pytest.raises(InputError, match=r"images: float pixels from -1 to .*\[0, 1\]"):
+        scorer.embed(torch.where(torch.arange(3)[:, None, None, None] == 1, -1.0, batch))
+    with pytest.raises(InputError, match="float pixels"):
+        scorer.score(batch * 255, scorer.enroll(batch))
+    with pytest.raises(InputError, match="references: float pixels"):
+        drift_map(scorer, batch[:1], batch * 2 - 1)
+    with pytest.raises(InputError, match="pixels: float pixels"):
+        identity_reward(batch * 2 - 1, scorer, scorer.enroll(batch))
+
+
+def test_a_picture_of_nan_has_no_score_and_spoils_no_other(scorer):
+    batch = torch.rand(3, 3, 32, 32)
+    subject = scorer.enroll(batch)
+    expected = scorer.score(batch, subject)
+    batch[1, 0, 0, 0] = float("nan")
+    scores = scorer.score(batch, subject)
+    assert scores[1].isnan() and torch.equal(scores[[0, 2]], expected[[0, 2]])
 
 
 def test_every_kind_of_input_embeds_alike(scorer, pictures, tmp_path):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nearid_personalize.images import list_images
-from nearid_personalize.report import to_json
+from nearid_personalize.report import UNREADABLE, to_json
 
 DONE, WRONG_INPUT, NONE_ACCEPTED = 0, 2, 3
 
@@ -42,11 +42,13 @@ def conclude(
 ) -> int:
     """Print the report or a table of (rank, name, score, status); returns the exit status."""
     accepted = sum(status == "accepted" for *_, status in rows)
+    unreadable = sum(status == UNREADABLE for *_, status in rows)
     if as_json:
         sys.stdout.write(to_json(report))
     else:
         print(table(rows))
-        print(f"accepted {accepted} of {len(rows)} (similarity {threshold:.3f} or more)")
+        missed = f", {unreadable} could not be read" if unreadable else ""
+        print(f"accepted {accepted} of {len(rows)} (similarity {threshold:.3f} or more){missed}")
         print("  ".join(f"{stage} {value:.1f} s" for stage, value in report["cost"]["seconds"].items()))
         if out is not None:
             print(f"look at {out / 'contact_sheet.png'}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from nearid_personalize.commands.console import Stopwatch, conclude, picture_paths, say
+from nearid_personalize.commands.enrolment import enrolled, negative_paths
 from nearid_personalize.commands.options import Generate, Quickstart
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import check_writable, load_images, write_atomically
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 def run_generate(options: Generate) -> int:
     """`nearid generate`."""
     references = load_images(picture_paths(options.references))
+    negative_paths(options)
     check_writable(options.out)
     say(
         options.json,
@@ -61,7 +63,7 @@ def guarded(
     from nearid_personalize.guard import IdentityGuard, NothingAcceptedWarning, preview_profile
     from nearid_personalize.selection import DEFAULT_POLICY
 
-    subject = scorer.enroll(references, false_accept_rate=options.false_accept_rate)
+    subject = enrolled(scorer, references, options)
     say(options.json, subject.describe())
     base, encoder = (options.base_model, options.model) if isinstance(options, Generate) else ("miniworld",) * 2
     profile = read_profile(options.preview_profile, base == encoder == "miniworld")

@@ -13,7 +13,25 @@ QUICKSTART_LORA_STEPS = 120
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guarding:
+class Accepting:
+    """What decides the score from which on a picture is accepted; shared by the commands that enroll a subject."""
+
+    false_accept_rate: float | None = None
+    """Share of near-identical strangers that may be accepted, 0 to 1. Default: that of the encoder's calibration, and
+    0.01 or the smallest that they can state of --negatives."""
+    negatives: Path | None = None
+    """Folder of pictures that are not the subject, but near to it (similar subjects, others of its class), to set the
+    accept threshold by: 99 of them can state a rate of 0.01. Default: the encoder's calibration alone."""
+
+    def __post_init__(self) -> None:
+        if self.false_accept_rate is not None and not 0 < self.false_accept_rate < 1:
+            raise InputError(
+                f"--false-accept-rate {self.false_accept_rate:g}: give a share between 0 and 1, such as 0.01"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guarding(Accepting):
     """How candidates are raced and judged; shared by the commands that draw."""
 
     race: bool = True
@@ -22,8 +40,6 @@ class Guarding:
     """Compute, in candidates run to the end: what stopped ones leave of it begins new seeds. Default: it is saved."""
     until_accepted: bool = False
     """Begin no more candidates once num-images are accepted; the budget is then num-candidates by default."""
-    false_accept_rate: float | None = None
-    """Share of near-identical strangers that may be accepted, 0 to 1. Default: that of the encoder's calibration."""
     reject_copies: bool = False
     """Reject pictures that repeat a reference photo, and those that repeat a better candidate."""
     text_image_model: str | None = None
@@ -36,6 +52,7 @@ class Guarding:
     """Candidates denoised together: memory against speed; halved by itself when memory runs out."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least("max-batch-size", self.max_batch_size, 1)
 
 
@@ -74,7 +91,7 @@ class Quickstart(Guarding):
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Accepting):
     """Score pictures against photos of a subject, most alike first."""
 
     references: Path
@@ -85,8 +102,6 @@ class Score:
     """NearID encoder: Hub id, folder, or "miniworld" (for the toy world only)."""
     trunk: str | None = None
     """Trunk of a head that was saved alone, when it is not where it was: Hub id or folder."""
-    false_accept_rate: float | None = None
-    """Share of near-identical strangers that may be accepted, 0 to 1. Default: that of the encoder's calibration."""
     device: Device = "auto"
     """Where the encoder runs."""
     out: Path | None = None
@@ -298,7 +313,7 @@ class Demo:
 
 
 @dataclass(frozen=True)
-class ReportCard:
+class ReportCard(Accepting):
     """Draw a finished LoRA at several scales: how often it is the subject, at which scale and checkpoint most often."""
 
     lora: tuple[Path, ...]
@@ -327,8 +342,6 @@ class ReportCard:
     """Denoising steps."""
     guidance_scale: float | None = None
     """Classifier-free guidance. Default: the pipeline's own."""
-    false_accept_rate: float | None = None
-    """Share of near-identical strangers that may be accepted, 0 to 1. Default: that of the encoder's calibration."""
     text_image_model: str | None = None
     """SigLIP or CLIP (Hub id or folder, or "miniworld"): reject pictures that fit the prompt no better than the
     references do."""
@@ -342,6 +355,7 @@ class ReportCard:
     """Print report.json to stdout, and nothing else."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for flag, value in (("seeds", self.seeds), ("steps", self.steps), ("max-batch-size", self.max_batch_size)):
             _at_least(flag, value, 1)
         for scale in self.scales:

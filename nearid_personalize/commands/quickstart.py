@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from nearid_personalize.commands.console import Stopwatch, say
+from nearid_personalize.commands.enrolment import negative_paths
 from nearid_personalize.commands.generate import finish_generation, guarded
 from nearid_personalize.commands.options import QUICKSTART_LORA_STEPS, Quickstart
 from nearid_personalize.errors import InputError
@@ -24,6 +25,7 @@ def run_quickstart(options: Quickstart) -> int:
 
     references, category, _ = example_references(options.subject_index, category=options.category)
     prompt = choose_prompt(options.prompt, category, options.subject_index)
+    negative_paths(options)
     check_writable(options.out)
     reference_dir = write_references(references, options.out / "references")
     say(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from nearid_personalize.commands.console import DONE, NONE_ACCEPTED, Stopwatch, picture_paths, say
+from nearid_personalize.commands.enrolment import enrolled, negative_paths
 from nearid_personalize.commands.options import ReportCard
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import check_writable, load_images
@@ -25,6 +26,7 @@ def run_report_card(options: ReportCard) -> int:
     loras = find_loras(options.lora)
     subject_name, token, prompts = _card_prompts(options, list(loras.values()))
     references = load_images(picture_paths(options.references))
+    negative_paths(options)
     check_writable(options.out)
     count = (1 + len(loras) * len(options.scales)) * len(prompts) * options.seeds
     say(
@@ -76,7 +78,7 @@ def _card_jury(options: ReportCard, references: Sequence[Image.Image], token: st
     from nearid_personalize.scorer import IdentityScorer
 
     scorer = IdentityScorer.from_pretrained(options.model, device, trunk=options.trunk)
-    subject = scorer.enroll(references, false_accept_rate=options.false_accept_rate)
+    subject = enrolled(scorer, references, options)
     floors = chosen_floors(options.model, scorer, references, True, options.text_image_model)
     text_image = (
         TextImageEncoder.from_pretrained(options.text_image_model, device) if options.text_image_model else None

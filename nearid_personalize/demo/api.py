@@ -23,13 +23,17 @@ from nearid_personalize.demo.jobs import Job
 from nearid_personalize.demo.studio import FALSE_ACCEPT_RATES, TOKEN, Exam, Lesson, Order, Studio, whole_prompt, zipped
 from nearid_personalize.demo.visitors import Visitor, Visitors
 from nearid_personalize.errors import InputError
-from nearid_personalize.images import load_image, save_image
+from nearid_personalize.images import IMAGE_SUFFIXES, load_image, save_image
 from nearid_personalize.miniworld import CATEGORIES, example_references
 from nearid_personalize.report import finite_or_none
 from nearid_personalize.report_card import verdict
 
 MAX_PLACES = 8
 """Prompts of one report card."""
+
+# By suffix too: whether a .webp or .heic counts as an "image" depends on the machine's table of MIME types.
+PHOTO_FILES = ["image", *IMAGE_SUFFIXES]
+"""Files that may be uploaded as photos."""
 
 
 class Endpoints:
@@ -216,7 +220,7 @@ def add_endpoints(studio: Studio, visitors: Visitors, steps: int) -> None:
     calls = Endpoints(studio, visitors, steps)
 
     def files(name: str) -> gr.File:
-        return gr.File(label=name, file_count="multiple", file_types=["image"])
+        return gr.File(label=name, file_count="multiple", file_types=PHOTO_FILES)
 
     def endpoint(handler: Any, inputs: list, outputs: list) -> None:
         description = " ".join((handler.__doc__ or "").split())

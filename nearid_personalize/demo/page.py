@@ -8,7 +8,7 @@ import gradio as gr
 from PIL import Image
 
 from nearid_personalize.demo import pictures, words
-from nearid_personalize.demo.api import add_endpoints
+from nearid_personalize.demo.api import PHOTO_FILES, add_endpoints
 from nearid_personalize.demo.desk import SAMPLE_PETS, Desk, answering
 from nearid_personalize.demo.studio import Studio
 from nearid_personalize.demo.visitors import Visitors
@@ -118,7 +118,7 @@ def photo_widgets(widgets: dict[str, Any]) -> None:
             widgets["drop"] = gr.File(
                 label="Three to five photos of your pet",
                 file_count="multiple",
-                file_types=["image"],
+                file_types=PHOTO_FILES,
                 height=190,
                 elem_id="drop",
             )
@@ -257,7 +257,7 @@ def compare_tab(studio: Studio, max_photos: int) -> None:
         for side, label in (("left", "One picture, or several of one subject"), ("right", "Another one, or several")):
             with gr.Column():
                 files = widgets[f"{side}_files"] = gr.File(
-                    label=label, file_count="multiple", file_types=["image"], height=150, elem_id=f"compare-{side}"
+                    label=label, file_count="multiple", file_types=PHOTO_FILES, height=150, elem_id=f"compare-{side}"
                 )
                 widgets[side] = gr.HTML(elem_classes="grid")
                 handler = answering(lambda files, side=side: look(side, files), widgets)
