@@ -200,7 +200,7 @@ def test_a_prompt_that_is_not_shown_and_copies_are_rejected(generate: list, tmp_
     ("flags", "words"),
     [
         (["--budget", "0.5"], ["budget", "0.5"]),
-        (["--false-accept-rate", "0.05"], ["false_accept_rate 0.05", "negatives"]),
+        (["--false-accept-rate", "0.05"], ["--false-accept-rate 0.05", "--negatives"]),
         (["--text-image-model", "nobody/no-such-model"], ["nobody/no-such-model"]),
     ],
 )
