@@ -29,6 +29,9 @@ HEAD_FILE = "head.safetensors"
 _WHOLE = ("model.safetensors", "model.safetensors.index.json")
 _NEEDED = "config.json and model.safetensors"
 
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "merges.txt")
+"""What the vocabulary of a text-image model may lie in: SentencePiece's for the first SigLIP, a pair for old CLIPs."""
+
 # The fields of the released config's vision_config; its trunk is SigLIP's fixed-size one, without a model_type.
 _RELEASED_TRUNK = "siglip_vision_model"
 _RELEASED_FIELDS = (
@@ -93,7 +96,7 @@ def load_weights(
 def _download(repository: str) -> Path:
     try:
         # Weights as safetensors only, and no code: what is not asked for cannot be loaded.
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", *TOKENIZER_FILES]))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         absent = isinstance(error, RepositoryNotFoundError)
         reason = "not on the Hub, or not open to you" if absent else "the Hub cannot be reached"

@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from nearid_personalize.checkpoints import checkpoint_folder, load_weights
+from nearid_personalize.checkpoints import TOKENIZER_FILES, checkpoint_folder, load_weights
 from nearid_personalize.encoder import NearIDModel, load_encoder
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import to_square, write_atomically
@@ -340,14 +341,15 @@ class TextImageEncoder:
 
             name_or_folder = weights_dir("siglip")
         folder = checkpoint_folder(name_or_folder)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"{name_or_folder}: config.json cannot be read ({reason})") from None
         if config.model_type not in _TEXT_IMAGE_CLASSES:
             known = ", ".join(_TEXT_IMAGE_CLASSES)
             raise InputError(f"{name_or_folder}: a model of type {config.model_type!r}; {known} embed texts too")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{name_or_folder}: no tokenizer ({str(error).splitlines()[0]})") from None
+        tokenizer = _load_tokenizer(folder, name_or_folder)
         model_class = getattr(transformers, _TEXT_IMAGE_CLASSES[config.model_type])
         model = load_weights(model_class, folder, name_or_folder, dtype).to(device).eval()
         preprocessing = Preprocessing.from_folder(folder, default_preprocessing(config.vision_config))
@@ -369,6 +371,22 @@ class TextImageEncoder:
         batches = [images[start : start + self.batch_size] for start in range(0, len(images), self.batch_size)]
         pixels = (self.preprocessing(batch, self.model.device).to(self.model.dtype) for batch in batches)
         return torch.cat([_unit(self.model.get_image_features(pixel_values=batch)) for batch in pixels])
+
+
+def _load_tokenizer(folder: Path, name: str | Path) -> PreTrainedTokenizerBase:
+    """A checkpoint's tokenizer. Raises InputError, naming `name`, when its file or what reads that is missing."""
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise InputError(f"{name}: lacks its tokenizer; put {' or '.join(TOKENIZER_FILES)} of the model beside it")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ImportError as error:
+        # SigLIP's first version, whose vocabulary is a SentencePiece model, is the one that needs a further package.
+        if find_spec("sentencepiece") is None:
+            raise InputError(f"{name}: its tokenizer needs sentencepiece; pip install sentencepiece") from None
+        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+    raise InputError(f"{name}: its tokenizer cannot be read ({reason}); get the file again")
 
 
 def _unit(features: Any) -> Tensor:

@@ -1,8 +1,11 @@
 """Floors: copies of references and of one another, prompts that are not shown, pictures that are none."""
 
 import io
+import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -222,8 +225,55 @@ def test_encoders_without_text_and_folders_without_tokenizer_are_refused(tiny_ne
     with pytest.raises(InputError, match="embed texts too"):
         TextImageEncoder.from_pretrained(tiny_nearid_dir)
     text_image_model("siglip").save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="no tokenizer"):
+    with pytest.raises(InputError, match=r"lacks its tokenizer; put tokenizer\.json or spiece\.model"):
         TextImageEncoder.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="its tokenizer cannot be read") as error:
+        TextImageEncoder.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json cannot be read"):
+        TextImageEncoder.from_pretrained(tmp_path)
+
+
+def first_siglip(folder: Path, vocabulary: bytes) -> Path:
+    """A folder as those of SigLIP's first version: the vocabulary is a SentencePiece model."""
+    text_image_model("siglip").save_pretrained(folder)
+    (folder / "spiece.model").write_bytes(vocabulary)
+    settings = {"tokenizer_class": "SiglipTokenizer", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_the_first_siglips_vocabulary_is_read(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    vocabulary = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a photo of a dog in space", "a photo of a cat in the snow"] * 20),
+        model_writer=vocabulary,
+        vocab_size=40,
+        hard_vocab_limit=False,
+        bos_id=-1,
+        pad_id=-1,
+        eos_id=1,
+        unk_id=0,
+        minloglevel=2,
+    )
+    encoder = TextImageEncoder.from_pretrained(first_siglip(tmp_path, vocabulary.getvalue()))
+    dog, same, cat = encoder.embed_texts(["a photo of a dog", "A photo of a DOG!", "a photo of a cat"])
+    assert torch.equal(dog, same) and not torch.allclose(dog, cat, atol=1e-3)
+
+
+def test_without_sentencepiece_the_first_siglip_says_what_it_needs(tmp_path):
+    # In a process of its own: transformers looks for the package once.
+    code = f"""
+import sys
+sys.modules["sentencepiece"] = None
+from nearid_personalize.floors import TextImageEncoder
+TextImageEncoder.from_pretrained({str(first_siglip(tmp_path, b"never read"))!r})
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stderr.splitlines()[-1].endswith("its tokenizer needs sentencepiece; pip install sentencepiece")
 
 
 # --- picture quality -------------------------------------------------------------------------------------------------

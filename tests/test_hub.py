@@ -1,5 +1,6 @@
 """Downloads, run for real: processes with a cache of their own, and a hub on this machine (`hub_server`)."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,3 +29,18 @@ def test_the_default_model_is_downloaded_once_and_then_needs_no_hub(
     hub.stop()
     again = run(hub, tmp_path, "-c", LOAD.format(name=RELEASED))
     assert again.stdout == "torch.float32\n", again.stderr
+
+
+def test_a_text_image_models_vocabulary_is_downloaded_and_no_code(
+    hub: HubServer, tiny_nearid_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "siglip"
+    shutil.copytree(tiny_nearid_dir, folder)
+    for name in ("spiece.model", "merges.txt", "modeling.py", "pytorch_model.bin"):
+        (folder / name).write_bytes(b"x")
+    hub.publish("owner/siglip", folder)
+    code = "from nearid_personalize.checkpoints import checkpoint_folder as get; print(*get('owner/siglip').iterdir())"
+    ended = run(hub, tmp_path, "-c", code)
+    names = {Path(path).name for path in ended.stdout.split()}
+    assert {"spiece.model", "merges.txt", "model.safetensors", "config.json"} <= names, ended.stderr
+    assert not names & {"modeling.py", "pytorch_model.bin"}
