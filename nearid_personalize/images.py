@@ -345,8 +345,8 @@ def check_pixel_range(pixels: torch.Tensor, name: str = "images") -> None:
 
     NaN passes: a picture of NaN gets NaN scores, and does not spoil its neighbours in the batch.
     """
-    # A fake tensor, by which memory is estimated, has no values.
-    if not pixels.is_floating_point() or isinstance(pixels, FakeTensor):
+    # Tensors by which memory is estimated have no values.
+    if not pixels.is_floating_point() or pixels.is_meta or isinstance(pixels, FakeTensor):
         return
     outside = (pixels < 0) | (pixels > 1)
     if outside.any():
