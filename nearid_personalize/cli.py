@@ -91,3 +91,7 @@ def run(command: Command) -> int:
 
 if __name__ == "__main__":
     main()
+
+
+if __name__ == "__main__":
+    main()

@@ -229,7 +229,7 @@ def test_status_three_when_nothing_is_accepted(
     ("arguments", "words"),
     [
         ([], ["quickstart", "score", "generate"]),
-        (["paint"], ["paint", "quickstart, score, generate"]),
+        (["paint"], ["paint", "quickstart, score, verify, generate"]),
         (["score"], ["--references", "--images", "nearid score --help"]),
         (["score", "--references", "a", "--images", "b", "--modle", "x"], ["--modle"]),
         (["score", "--references", "a", "--images", "b", "--device", "gpu"], ["--device", "gpu", "cuda"]),
