@@ -453,3 +453,28 @@ class AdherenceFloor:
             f"does not show the prompt ({_short(score)} below {_short(self.floor)})" if score < self.floor else ""
             for score in self.scores(images, prompt).tolist()
         ]
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+ADHERENCE_LEAD = 0.1  # over the references; at 0 an eighth of pictures of another place pass (quality_floor.py)
+
+
+def chosen_floors(
+    model: str,
+    scorer: "IdentityScorer",
+    references: Sequence[Image.Image],
+    reject_copies: bool = False,
+    text_image_model: str | None = None,
+) -> list[Floor]:
+    """What else a picture must pass: the quality floor of an encoder that has one, and what is asked for."""
+    floors: list[Floor] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is none is no news on every run
+        if quality := find_quality_floor(model, scorer):
+            floors.append(quality)
+    if reject_copies:
+        floors.append(CopyFloor.from_references(references))
+    if text_image_model is not None:
+        floors.append(AdherenceFloor.from_pretrained(text_image_model, ADHERENCE_LEAD, references=references))
+    return floors

@@ -1,24 +1,16 @@
-"""What a run begins with: a device, a precision, a pipeline from a folder or the Hub, and floors beside identity."""
+"""What a run begins with: a device, a precision, and a pipeline from a folder or the Hub."""
 
 import json
 import os
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
-from PIL import Image
 
 from nearid_personalize.errors import InputError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-    from nearid_personalize.floors import Floor
-    from nearid_personalize.scorer import IdentityScorer
-
-ADHERENCE_LEAD = 0.1  # over the references; at 0 an eighth of pictures of another place pass (quality_floor.py)
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -83,25 +75,3 @@ def _check_pipeline_folder(flag_value: str, folder: Path) -> None:
             raise InputError(
                 f"--base-model {flag_value}: {part.name}/ has no .safetensors weights; download the whole model"
             )
-
-
-def chosen_floors(
-    model: str,
-    scorer: "IdentityScorer",
-    references: Sequence[Image.Image],
-    reject_copies: bool = False,
-    text_image_model: str | None = None,
-) -> "list[Floor]":
-    """What else a picture must pass: the quality floor of an encoder that has one, and what is asked for."""
-    from nearid_personalize.floors import AdherenceFloor, CopyFloor, find_quality_floor
-
-    floors: list[Floor] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that there is none is no news on every run
-        if quality := find_quality_floor(model, scorer):
-            floors.append(quality)
-    if reject_copies:
-        floors.append(CopyFloor.from_references(references))
-    if text_image_model is not None:
-        floors.append(AdherenceFloor.from_pretrained(text_image_model, ADHERENCE_LEAD, references=references))
-    return floors

@@ -248,13 +248,13 @@ def test_an_uploaded_lora_is_used_until_it_is_taken_out(tmp_path):
 
     told = desk.take_lora(visit, str(good))
     assert "good.safetensors will be used" in told["train_note"] and "lora_file" not in told
-    used = visit.uploaded
+    used = visit.lora_in_use
     assert used.read_bytes() == good.read_bytes()
     told = desk.take_lora(visit, str(bad))
     assert "bad.safetensors:" in told["train_note"].lower() and told["lora_file"] is None
-    assert visit.uploaded == used
+    assert visit.lora_in_use == used
     assert desk.drop_lora(visit) == {"train_note": ""}
-    assert (visit.uploaded, visit.lora) == (None, given)
+    assert visit.lora_in_use == given
 
 
 # --- the page as a server --------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from nearid_personalize.commands.enrolment import enrolled, negative_paths
 from nearid_personalize.commands.options import Generate, Quickstart
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import check_writable, load_images, write_atomically
-from nearid_personalize.loading import choose_device, choose_dtype, chosen_floors, load_pipeline
+from nearid_personalize.loading import choose_device, choose_dtype, load_pipeline
 from nearid_personalize.report import write_generation
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def guarded(
     options: Generate | Quickstart,
 ) -> "GuardResult":
     """The guard's candidates of `prompt`, as `options` have them raced and judged; updates the preview profile."""
-    from nearid_personalize.floors import COPY_LIMIT
+    from nearid_personalize.floors import COPY_LIMIT, chosen_floors
     from nearid_personalize.guard import IdentityGuard, NothingAcceptedWarning, preview_profile
     from nearid_personalize.selection import DEFAULT_POLICY
 

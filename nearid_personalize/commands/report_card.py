@@ -12,7 +12,7 @@ from nearid_personalize.commands.enrolment import enrolled, negative_paths
 from nearid_personalize.commands.options import ReportCard
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import check_writable, load_images
-from nearid_personalize.loading import choose_device, choose_dtype, chosen_floors, load_pipeline
+from nearid_personalize.loading import choose_device, choose_dtype, load_pipeline
 from nearid_personalize.report import to_json
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _card_prompts(options: ReportCard, loras: Sequence[Path]) -> tuple[str, str,
 
 
 def _card_jury(options: ReportCard, references: Sequence[Image.Image], token: str, device: str) -> "Jury":
-    from nearid_personalize.floors import TextImageEncoder
+    from nearid_personalize.floors import TextImageEncoder, chosen_floors
     from nearid_personalize.report_card import Jury
     from nearid_personalize.scorer import IdentityScorer
 

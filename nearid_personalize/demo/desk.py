@@ -59,6 +59,11 @@ class Visit:
     job: Job | None = None
     shown: tuple[tuple[Candidate, ...], tuple[Candidate, ...]] = ((), ())
 
+    @property
+    def lora_in_use(self) -> Path | None:
+        """What pictures and report cards are drawn with."""
+        return self.uploaded or self.lora
+
 
 def answering(handler: Callable, widgets: Mapping[str, Any]) -> Callable:
     """A handler as gradio calls it: names become widgets, and errors reach the visitor as one sentence.
@@ -234,7 +239,7 @@ class Desk:
             photos=tuple(visitor.photos),
             prompt=whole_prompt(checked_prompt(text), checked_word(word)),
             output=visitor.new_folder("my-pet"),
-            lora=visit.uploaded or visit.lora,
+            lora=visit.lora_in_use,
             num_images=int(num_images),
             num_candidates=max(int(num_candidates), int(num_images)),
             strictness=strictness,
@@ -325,13 +330,12 @@ class Desk:
         from nearid_personalize.training.lora_files import find_lora_file
 
         visitor = need_photos(visit.visitor)
-        lora = visit.uploaded or visit.lora
-        if lora is None:
+        if visit.lora_in_use is None:
             raise InputError("there is no LoRA yet: let a model learn your pet, or bring a LoRA, on the first tab")
         exam = Exam(
             base_model=base_model,
             photos=tuple(visitor.photos),
-            lora=find_lora_file(lora),
+            lora=find_lora_file(visit.lora_in_use),
             name=f"{TOKEN} {checked_word(word)}",
             prompts=tuple(whole_prompt(text, checked_word(word)) for text in self.card_places),
             output=visitor.new_folder("report-card"),

@@ -15,10 +15,10 @@ from nearid_personalize.commands.quickstart import quickstart_lora
 from nearid_personalize.demo.jobs import Device, Job
 from nearid_personalize.driftmap import drift_map
 from nearid_personalize.errors import InputError
-from nearid_personalize.floors import COPY_LIMIT
+from nearid_personalize.floors import COPY_LIMIT, chosen_floors
 from nearid_personalize.guard import Glimpse, GuardResult, IdentityGuard
 from nearid_personalize.images import load_image, save_image
-from nearid_personalize.loading import chosen_floors, load_pipeline
+from nearid_personalize.loading import load_pipeline
 from nearid_personalize.photos import PhotoCheck, check_photos
 from nearid_personalize.report import heat_overlay, write_generation
 from nearid_personalize.scorer import IdentityScorer, Subject, identity_scores

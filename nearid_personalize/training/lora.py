@@ -179,16 +179,11 @@ def prepare_data(
     return data, {name: tensor.cpu() for name, tensor in table.items()}
 
 
-def adapt(
-    family: Family, options: LoraOptions, device: torch.device, autocast: torch.dtype | None, shards: bool = False
-) -> PromptedDenoiser:
-    """Put the LoRA into the pipeline, and its UNet into the form that trains fastest.
-
-    shards: whether `fully_shard` comes next, which takes weights in no other memory format.
-    """
+def adapt(family: Family, options: LoraOptions, device: torch.device, autocast: torch.dtype | None) -> PromptedDenoiser:
+    """Put the LoRA into the pipeline, and its UNet into the form that trains fastest."""
     if family.denoiser_name == "unet" and device.type == "cpu":
         family.pipe.unet.set_attn_processor(AttnProcessor())  # SDPA's backward pass is never faster there
-    if family.denoiser_name == "unet" and autocast and not shards:
+    if family.denoiser_name == "unet" and autocast:
         family.pipe.unet.to(memory_format=torch.channels_last)  # half-precision convolutions want channels last
     return add_adapters(family, options, autocast)
 
@@ -204,6 +199,8 @@ class LoraRun:
         enrolled: Enrolled | None = None,
         sharding: FullyShardedDataParallelPlugin | None = None,
     ) -> None:
+        if accelerator.num_processes == 1:
+            sharding = None
         device, autocast = accelerator.device, choose_autocast(options.precision, accelerator)
         family = load_family(options, autocast or HALF.get(accelerator.mixed_precision), device.type)
         trained_text(family, options)  # may refuse: better now than after the pictures
@@ -212,7 +209,7 @@ class LoraRun:
         self.data, self.table = prepare_data(family, options, references, accelerator)
         self.reward = IdentityTerm(options, family, self.data, *enrolled) if enrolled else None
         self.stock_processors = getattr(family.denoiser, "attn_processors", {})
-        self.adapted = adapt(family, options, device, autocast, sharding is not None)
+        self.adapted = adapt(family, options, device, autocast)
         self.trained = [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(parameter_groups(self.adapted, options), options)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate_factor, steps=options.steps))

@@ -20,6 +20,7 @@ from accelerate.utils import (
     send_to_device,
     str_to_bool,
 )
+from diffusers import ModelMixin
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -49,16 +50,17 @@ def requested_sharding() -> Iterator[FullyShardedDataParallelPlugin | None]:
         yield plugin
 
 
-def shard_frozen(denoiser: nn.Module, device: torch.device, plugin: FullyShardedDataParallelPlugin) -> None:
+def shard_frozen(denoiser: ModelMixin, device: torch.device, plugin: FullyShardedDataParallelPlugin) -> None:
     """Leave each process its share of the frozen weights, on `device`; trained parameters go there whole.
 
     Gathered together: the blocks that diffusers declares as not to be split, then the rest. Of the plugin,
     `reshard_after_forward` is heeded.
     """
     trained = {parameter for parameter in denoiser.parameters() if parameter.requires_grad}
+    denoiser.to(memory_format=torch.contiguous_format)  # no other can be sharded
     for parameter in trained:
         parameter.data = parameter.data.to(device)
-    blocks = getattr(denoiser, "_no_split_modules", None) or ()
+    blocks = denoiser._no_split_modules or ()
     for module in reversed(list(denoiser.modules())):  # inner ones first
         if module is denoiser or type(module).__name__ in blocks:
             fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, ignored_params=trained)
@@ -73,17 +75,33 @@ def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerat
 
 @contextmanager
 def lead(denoiser: nn.Module) -> Iterator[None]:
-    """In the main process: have the others `follow` each call of a sharded denoiser, which needs their shares."""
+    """In the main process: have the others `follow` each call of a sharded denoiser, which needs their shares.
+
+    Raises InputError where a call is tried again that failed half-way, for want of memory: the others are still in it.
+    """
+    under_way = False
 
     def tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal under_way
+        if under_way:
+            raise InputError("--validation-batch-size: a batch did not fit into memory; give a smaller one")
+        under_way = True
         broadcast_object_list([send_to_device((args, kwargs), "cpu")])
 
-    hook = denoiser.register_forward_pre_hook(tell, prepend=True, with_kwargs=True)  # before the weights are gathered
+    def done(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal under_way
+        under_way = False
+
+    # The first of all hooks: told before the weights are gathered
+    hooks = [denoiser.register_forward_pre_hook(tell, prepend=True, with_kwargs=True)]
+    hooks.append(denoiser.register_forward_hook(done))
     try:
         yield
     finally:
-        hook.remove()
-        broadcast_object_list([None])
+        for hook in hooks:
+            hook.remove()
+        if not under_way:
+            broadcast_object_list([None])
 
 
 @torch.no_grad()
@@ -94,4 +112,4 @@ def follow(denoiser: nn.Module, device: torch.device) -> None:
         if told is None:
             return
         args, kwargs = send_to_device(told, device)
-        denoiser(*args, **kwargs)
+        denoiser(*args, **kwargs)  # the answer is the main process's; here only the weights had to be handed out
