@@ -3,12 +3,11 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from nearid_personalize.errors import InputError
+from nearid_personalize.hub import download, is_hub_id
 from nearid_personalize.images import write_atomically
 from nearid_personalize.preprocessing import Preprocessing
 
@@ -50,14 +50,15 @@ _RELEASED_FIELDS = (
 
 
 def checkpoint_folder(name_or_folder: str | Path) -> Path:
-    """The local folder of a checkpoint: a folder itself, or a Hub id, downloaded unless it is in the cache.
+    """The local folder of a checkpoint: a folder itself, or a Hub id (owner/name, owner/name@revision), downloaded
+    unless it is in the cache.
 
     Raises InputError when a folder lacks config.json or weights (model.safetensors, or a head's), or the Hub id cannot
     be had.
     """
     folder = Path(name_or_folder)
     if not folder.is_dir():
-        if folder.is_absolute() or str(name_or_folder).startswith(".") or str(name_or_folder).count("/") != 1:
+        if not is_hub_id(name_or_folder):
             raise InputError(f"{name_or_folder}: no such folder; give a folder with {_NEEDED}, or a Hub id owner/name")
         folder = _download(str(name_or_folder))
     needed = {"config.json": ("config.json",), "model.safetensors": (*_WHOLE, HEAD_FILE)}
@@ -90,20 +91,25 @@ def load_weights(
         # transformers would fill them with random numbers and go on.
         some = sorted(info["missing_keys"])[0]
         raise InputError(f"{name}: model.safetensors lacks {len(info['missing_keys'])} weights, {some} first")
+    check_precision("transformers", model.dtype, dtype)
     return model
+
+
+def check_precision(package: str, got: torch.dtype, wanted: torch.dtype) -> None:
+    """Raise InputError when a loader gave weights of another type: releases differ in what they call the argument."""
+    if got != wanted:
+        raise InputError(
+            f"{package} {version(package)}: loaded the weights as {got} where {wanted} was asked for; "
+            "install a release that was tested, see constraints.txt"
+        )
 
 
 def _download(repository: str) -> Path:
     try:
         # Weights as safetensors only, and no code: what is not asked for cannot be loaded.
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", *TOKENIZER_FILES]))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        absent = isinstance(error, RepositoryNotFoundError)
-        reason = "not on the Hub, or not open to you" if absent else "the Hub cannot be reached"
-        raise InputError(
-            f"{repository}: {reason}; run `hf download {repository}` where there is a network, or give a folder "
-            "(the built-in `miniworld` is only for the toy world)"
-        ) from None
+        return download(repository, ["*.json", "*.safetensors", *TOKENIZER_FILES])
+    except InputError as error:
+        raise InputError(f"{error} (a folder works too; the built-in `miniworld` is only for the toy world)") from None
 
 
 # --- heads alone -----------------------------------------------------------------------------------------------------
@@ -196,7 +202,7 @@ def export_released_layout(
     Raises InputError for trunks that the layout has no place for: all but SigLIP's with its own head.
     """
     trunk = model.config.vision_config
-    if trunk.model_type != _RELEASED_TRUNK or not trunk.vision_use_head:
+    if trunk.model_type != _RELEASED_TRUNK or not getattr(trunk, "vision_use_head", True):
         raise InputError(f"trunk {trunk.model_type}: the released layout is for SigLIP trunks; use save_pretrained")
     config = {
         "architectures": ["NearIDModel"],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 
 from nearid_personalize.errors import InputError
+from nearid_personalize.hub import HUB_ERRORS, download_fault, split_revision
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -48,18 +49,29 @@ def load_pipeline(base_model: str, device: str, dtype: torch.dtype) -> "Diffusio
     if base_model == "miniworld":
         from nearid_personalize.miniworld import weights_dir
 
-        source = str(weights_dir("pipeline"))
+        source, revision = str(weights_dir("pipeline")), None
     else:
-        source = base_model
+        source, revision = split_revision(base_model)
     if Path(source).exists():
         _check_pipeline_folder(base_model, Path(source))
     try:
-        return DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True).to(device)
+        pipe = DiffusionPipeline.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True)
     except SafetensorError as error:
         raise InputError(f"--base-model {base_model}: damaged weights ({error}); download the model again") from None
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (*HUB_ERRORS, ValueError) as error:
+        reason = download_fault(error)
         raise InputError(f"--base-model {base_model}: {reason}; give a pipeline's folder or a Hub id") from None
+    check_denoiser_precision(pipe, dtype)
+    return pipe.to(device)
+
+
+def check_denoiser_precision(pipe: "DiffusionPipeline", dtype: torch.dtype) -> None:
+    """Refuse a pipeline whose denoiser is not in the precision that was asked for; raises InputError."""
+    from nearid_personalize.checkpoints import check_precision
+
+    denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    if denoiser is not None:
+        check_precision("diffusers", denoiser.dtype, dtype)
 
 
 def _check_pipeline_folder(flag_value: str, folder: Path) -> None:

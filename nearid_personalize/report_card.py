@@ -222,9 +222,11 @@ class ReportCard:
 def find_loras(paths: Sequence[Path]) -> dict[str, Path]:
     """LoRA files by a short name, in natural order of their paths; of files that are equal the first.
 
-    paths: files, or folders of checkpoints, searched to any depth. Raises InputError for one that holds none.
+    paths: files, Hub ids, or folders of checkpoints, searched to any depth. Raises InputError for one that holds none.
     """
-    found = [file for path in paths for file in _lora_files(path)]
+    from nearid_personalize.training.lora_files import lora_path
+
+    found = [file for path in paths for file in _lora_files(lora_path(path))]
     names = _short_names(found)
     first: dict[str, str] = {}
     for name, file in zip(names, found, strict=True):

@@ -1,7 +1,7 @@
 """A small model hub on this machine, for `HF_ENDPOINT`: downloads run for real without a network.
 
 It speaks the part of the Hub's protocol that reading needs: a repository's facts, its file tree, and its files with
-ETag, commit, length and ranges. `damage` makes a file arrive wrong in one of the ways that files do.
+ETag, commit, length and ranges. A file can be made to arrive wrong in one of the ways that files do.
 
     with HubServer() as hub:
         hub.publish("owner/name", folder)
@@ -11,11 +11,12 @@ ETag, commit, length and ranges. `damage` makes a file arrive wrong in one of th
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
@@ -26,10 +27,11 @@ Damage = Literal["interrupted", "interrupted once", "truncated"]
 
 @dataclass
 class Repository:
-    """The folders of a repository by revision, and the token without which it is refused."""
+    """The folders of a repository by revision, the token without which it is refused, and files that arrive wrong."""
 
     revisions: dict[str, Path] = field(default_factory=dict)
     token: str | None = None
+    damaged: dict[str, Damage] = field(default_factory=dict)
 
     def commit(self, revision: str) -> str | None:
         """The 40 hex digits of a revision's name, or of a commit that is one already; None: there is no such one."""
@@ -74,7 +76,6 @@ class HubServer:
 
     def __init__(self) -> None:
         self.repositories: dict[tuple[Kind, str], Repository] = {}
-        self.damages: dict[str, Damage] = {}
         self.requests: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._thread = Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -85,18 +86,21 @@ class HubServer:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def publish(
-        self, name: str, folder: Path, kind: Kind = "models", revision: str = "main", token: str | None = None
+        self,
+        name: str,
+        folder: Path,
+        kind: Kind = "models",
+        revision: str = "main",
+        token: str | None = None,
+        damaged: Mapping[str, Damage] = MappingProxyType({}),
     ) -> None:
-        """Offer a folder as the repository `owner/name`, to all or to those with the token."""
+        """Offer a folder as the repository `owner/name`, to all or to those with the token.
+
+        damaged: how files of some names arrive wrong.
+        """
         repository = self.repositories.setdefault((kind, name), Repository())
         repository.revisions[revision] = folder
-        repository.token = token
-
-    def damage(self, file_name: str, damage: Damage | None) -> None:
-        """Let every file of this name arrive wrong; None: whole again."""
-        self.damages.pop(file_name, None)
-        if damage is not None:
-            self.damages[file_name] = damage
+        repository.token, repository.damaged = token, dict(damaged)
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
         """The environment of a process that knows no hub but this one, and keeps what it downloads in `home`."""
@@ -152,7 +156,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {address.revision}")
             folder = repository.folder(commit)
             if address.action == "resolve":
-                return self.send_file(folder / address.path, commit)
+                return self.send_file(folder / address.path, commit, repository.damaged)
             if address.action == "tree":
                 return self.send_json(_entries(folder, address.path, "recursive=true" in self.path.lower()))
             if address.action == "paths-info":
@@ -173,11 +177,11 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        def send_file(self, path: Path, commit: str) -> None:
+        def send_file(self, path: Path, commit: str, damaged: dict[str, Damage]) -> None:
             if not path.is_file():
                 return self.refuse(404, "EntryNotFound", f"Entry not found: {path.name}")
             content = path.read_bytes()
-            damage = hub.damages.get(path.name)
+            damage = damaged.get(path.name)
             etag = hashlib.sha1(content).hexdigest()
             served = content[: len(content) // 2] if damage == "truncated" and self.command == "GET" else content
             start = _range_start(self.headers.get("Range"))
@@ -196,7 +200,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 part = part[: len(part) // 2]
                 self.close_connection = True
             if damage == "interrupted once":
-                hub.damage(path.name, None)
+                damaged.pop(path.name)
             self.wfile.write(part)
 
     return Handler

@@ -23,6 +23,7 @@ from transformers import (
 
 from nearid_personalize.checkpoints import (
     attach_head,
+    check_precision,
     export_released_layout,
     head_trunk,
     save_head,
@@ -301,3 +302,11 @@ def test_unreachable_hub_says_how_to_get_the_model():
     with pytest.raises(InputError, match=r"hf download nobody/nothing.*miniworld.*toy world") as refused:
         load_encoder("nobody/nothing")
     assert "\n" not in str(refused.value)
+
+
+def test_weights_of_another_precision_than_asked_for_are_refused_with_the_package_and_its_version():
+    check_precision("transformers", torch.float16, torch.float16)
+    with pytest.raises(
+        InputError, match=r"transformers \d+\.\d+\S*: loaded the weights as torch.float32 where torch.bf"
+    ):
+        check_precision("transformers", torch.float32, torch.bfloat16)

@@ -119,7 +119,8 @@ def test_a_bare_trunk_loads_from_its_folder(family, pixels, tmp_path):
     tokens = model.tokens(pixels)
     assert torch.allclose(tokens, expected.tokens(pixels), atol=1e-6)
     # A probe drawn anew is as faint as another, so both start as nearly the same head.
-    assert torch.allclose(model.pool(tokens), expected.pool(tokens), atol=1e-6 if family in POOLS_ITSELF else 1e-2)
+    cosines = F.cosine_similarity(model.pool(tokens), expected.pool(tokens))
+    assert cosines.min() > (1 - 1e-6 if family in POOLS_ITSELF else 0.99)
 
 
 def test_a_fresh_model_is_initialised_whole(family):

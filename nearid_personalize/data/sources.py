@@ -5,7 +5,6 @@ distractors. A distractor lies on the background of the view of the same file na
 shared, the sorted distractors belong to the sorted views. `train/subject/…`, `val/…`, `test/…` tell splits.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from nearid_personalize.errors import InputError
+from nearid_personalize.hub import is_hub_id
 from nearid_personalize.images import list_images
 
 from .rows import NO_SPLITS, SPLITS, Row, Rows, RowStream, Slots, check_split_name, file_versions, hash_split
@@ -110,7 +110,7 @@ def _is_folder_of_subjects(data: str | Path) -> bool:
         if path.is_file() and path.suffix != ".parquet":
             raise InputError(f"{data}: not a data set; give a parquet file, a folder, or a Hub id")
         return not any(found.suffix in (".parquet", ".arrow") for found in (path, *path.rglob("*")))
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", str(data)):
+    if not is_hub_id(data):
         raise InputError(
             f"{data}: no such file or folder; give a parquet file, a folder, or a Hub id (owner/name, or "
             "owner/name@revision)"

@@ -16,6 +16,7 @@ import datasets
 import pyarrow.parquet  # type: ignore[import-untyped]
 
 from nearid_personalize.errors import InputError
+from nearid_personalize.hub import HUB_ERRORS, download_fault, split_revision
 from nearid_personalize.images import ImageSource
 
 from .rows import Picture, Row, Rows, RowStream, Slots, file_versions, refuse_repeated
@@ -85,20 +86,17 @@ def open_tables(place: str | Path, streaming: bool) -> list[Table]:
     path = Path(place)
     if path.is_file() or any(path.rglob("*.parquet")):
         return [_parquet_table(where, parts, streaming) for where, parts in _parquet_sets(path)]
-    if path.is_dir():
-        name, load = str(place), partial(_load_from_disk, str(place))
-    else:
-        name, _, revision = str(place).partition("@")
-        load = partial(datasets.load_dataset, name, revision=revision or None, streaming=streaming)
-    parts = _loaded(place, load)
-    return [_table(str(place), source_name(name), parts, _num_rows(parts))]
+    name, revision = split_revision(str(place))
+    hub = partial(datasets.load_dataset, revision=revision, streaming=streaming)
+    parts = _loaded(place, partial(_load_from_disk if path.is_dir() else hub, name))
+    return [_table(str(place), source_name(place), parts, _num_rows(parts))]
 
 
 def _loaded(place: str | Path, load: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
     try:
         return load()
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0]
+    except (*HUB_ERRORS, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = download_fault(error)
         raise InputError(
             f"{place}: cannot be loaded ({reason}); give a local file or folder, or a Hub id that can be reached"
         ) from None
@@ -106,7 +104,7 @@ def _loaded(place: str | Path, load: Callable[[], Mapping[str, Any]]) -> Mapping
 
 def source_name(place: str | Path) -> str:
     """What a set of distractors is called: "Aleksandar/NearID-Flux" and "NearID-Flux.parquet" are "Flux"."""
-    name = Path(place).absolute().name.removesuffix(".parquet")
+    name = Path(split_revision(str(place))[0]).absolute().name.removesuffix(".parquet")
     return re.sub(r"-\d{5}-of-\d{5}$", "", name).removeprefix("NearID-")
 
 

@@ -34,7 +34,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nearid_personalize.errors import InputError
+from nearid_personalize.hub import HUB_ERRORS, download_fault, split_revision
 from nearid_personalize.images import check_writable
+from nearid_personalize.loading import check_denoiser_precision
 from nearid_personalize.training.adapters import (
     PromptedDenoiser,
     add_adapters,
@@ -120,26 +122,29 @@ def load_family(options: LoraOptions, half: torch.dtype | None = None, device: s
 
     half: type of the frozen weights where `base_precision` asks for half precision.
     """
-    base_model = options.base_model
+    base_model, revision = split_revision(options.base_model)
     if base_model == "miniworld":
         from nearid_personalize.miniworld import weights_dir
 
         base_model = str(weights_dir("pipeline"))
     try:
-        family = family_class(DiffusionPipeline.load_config(base_model)["_class_name"], base_model)
+        config = DiffusionPipeline.load_config(base_model, revision=revision)
+        family = family_class(config["_class_name"], base_model)
         halves = options.base_precision == "same"
         halves |= options.base_precision == "auto" and family.denoiser_name == "transformer" and device != "cpu"
         dtype = half if half and halves else torch.float32
         checker: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
         pipe = DiffusionPipeline.from_pretrained(
             base_model,
+            revision=revision,
             dtype={"default": dtype, "vae": torch.float32},
             use_safetensors=True,
             **(checker if family.__name__ == "StableDiffusion" else {}),
         )
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--base-model {base_model}: {reason} Give a pipeline folder or Hub id") from error
+    except HUB_ERRORS as error:
+        reason = download_fault(error)
+        raise InputError(f"--base-model {options.base_model}: {reason}; give a pipeline folder or Hub id") from error
+    check_denoiser_precision(pipe, dtype)
     pipe.set_progress_bar_config(disable=True)
     return family(pipe)
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nearid_personalize.errors import InputError
+from nearid_personalize.hub import download, is_hub_id
 from nearid_personalize.training.adapters import PromptedDenoiser
 from nearid_personalize.training.lora_check import LoraInfo, check_lora_file
 
@@ -28,6 +29,7 @@ __all__ = [
     "check_lora_file",
     "find_lora_file",
     "load_lora",
+    "lora_path",
     "read_metadata",
     "save_lora",
 ]
@@ -93,16 +95,25 @@ def told_metadata(info: LoraInfo) -> dict[str, Any]:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
+def lora_path(path: str | Path) -> Path:
+    """A LoRA's file or folder, downloaded where `path` is a Hub id: owner/name, or owner/name@revision."""
+    if Path(path).exists() or not is_hub_id(path):
+        return Path(path)
+    return download(str(path), ["*.safetensors"])
+
+
 def find_lora_file(path: str | Path) -> Path:
-    """Return the safetensors file of `path`, a file or a folder; InputError when there is none, or more than one."""
-    path = Path(path)
+    """Return the safetensors file of a file, a folder or a Hub id; InputError when there is none, or more than one."""
+    path = lora_path(path)
     if path.is_dir():
         inside = [path / WEIGHTS_NAME] if (path / WEIGHTS_NAME).exists() else sorted(path.glob("*.safetensors"))
         if len(inside) != 1:
             raise InputError(f"LoRA {path}: folder holds {len(inside)} .safetensors files; expected one {WEIGHTS_NAME}")
         return inside[0]
     if not path.is_file():
-        raise InputError(f"LoRA {path}: no such file; give a .safetensors file or the folder train_lora.py wrote")
+        raise InputError(
+            f"LoRA {path}: no such file; give a .safetensors file, the folder train_lora.py wrote, or a Hub id"
+        )
     return path
 
 
