@@ -109,7 +109,10 @@ def _download(repository: str) -> Path:
         # Weights as safetensors only, and no code: what is not asked for cannot be loaded.
         return download(repository, ["*.json", "*.safetensors", *TOKENIZER_FILES])
     except InputError as error:
-        raise InputError(f"{error} (a folder works too; the built-in `miniworld` is only for the toy world)") from None
+        raise InputError(
+            f"{error} (`hf download {repository}` gets it, and a folder works too; "
+            "the built-in `miniworld` is only for the toy world)"
+        ) from None
 
 
 # --- heads alone -----------------------------------------------------------------------------------------------------
