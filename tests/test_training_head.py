@@ -25,6 +25,7 @@ from nearid_personalize import InputError
 from nearid_personalize.commands.evaluate import evaluation_rows
 from nearid_personalize.commands.flags import run_program
 from nearid_personalize.commands.options import Evaluate
+from nearid_personalize.data import cache as cache_module
 from nearid_personalize.data.cache import TokenCache, cache_in_memory
 from nearid_personalize.encoder import load_encoder
 from nearid_personalize.preprocessing import Preprocessing
@@ -510,6 +511,157 @@ def test_hash_splits_of_trainer_and_evaluation_agree(script, tmp_path):
     assert len(train) + len(measured["val"]) + len(measured["test"]) == 40
     with pytest.raises(InputError, match="--hash-splits"):
         evaluation_rows(dataclasses.replace(options, hash_splits=False))
+
+
+@pytest.fixture
+def tiny_trunk(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "trunk")
+    return tmp_path / "trunk"
+
+
+def test_a_second_run_reads_the_cache_that_fills_the_disk(trainer, tiny_trunk, tmp_path, monkeypatch, capsys):
+    flags = ("--trunk", tiny_trunk, "--num-identities", 6, "--num-validation", 0, "--steps", 2, "--augment")
+    flags += ("--token-folder", tmp_path / "tokens")
+    room = 6 * 6 * 16 * 32 * 2 + 1
+
+    def left(folder):  # a disk that holds this cache and nothing else
+        used = sum(path.stat().st_size for path in (tmp_path / "tokens").rglob("*.safetensors"))
+        return max(0, room - used)
+
+    monkeypatch.setattr(cache_module, "free_bytes", left)
+    heads = []
+    for name in ("first", "second"):
+        assert trainer(*flags, "--output", tmp_path / name) == 0
+        heads.append(weights(load_encoder(tmp_path / name)[0]))
+    said = capsys.readouterr().out
+    assert "0 of 1 shards are there" in said and "1 of 1 shards are there, 0.00 GB to write" in said
+    assert "live" not in said and same(*heads)
+    assert trainer(*flags, "--variants", 2, "--output", tmp_path / "third") == 0  # the second variant does not fit
+    assert "live, the trunk runs at every step" in capsys.readouterr().out
+    assert trainer(*flags, "--variants", 2, "--tokens", "disk", "--output", tmp_path / "fourth") == 2
+    assert "--token-folder" in capsys.readouterr().err
+
+
+def test_resuming_under_other_data_trunk_or_augmentation_is_refused(trainer, tiny_trunk, tmp_path, capsys):
+    other = tiny_model()
+    with torch.no_grad():
+        other.backbone.post_layernorm.bias += 0.1
+    other.save_pretrained(tmp_path / "other trunk")
+    begun = {"--trunk": tiny_trunk, "--num-identities": 6, "--num-validation": 2, "--steps": 3, "--output": tmp_path}
+    begun |= {"--token-folder": tmp_path / "tokens", "--checkpoint-every": 2, "--data": "miniworld"}
+
+    def run(*more, **changes):
+        changes = {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
+        return trainer(*(item for pair in (begun | changes).items() for item in pair), *more)
+
+    assert run("--keep-checkpoints") == 0
+    whole = json.loads((tmp_path / "training.json").read_text())["losses"]
+    changes = [
+        ({"num_identities": 7}, "--num-identities 7: ", "--num-identities 6"),
+        ({"data_seed": 1}, "--data-seed 1: ", "--data-seed 0"),
+        ({"seed": 1}, "--seed 1: ", "--seed 0"),
+        ({"trunk": tmp_path / "other trunk"}, f"--trunk {tmp_path / 'other trunk'}: ", f"--trunk {tiny_trunk}"),
+        ({"variants": 2}, "--variants 2: ", "--variants 1"),
+        ({"tokens": "live"}, "--tokens live: ", "--tokens disk"),
+        ({"trunk_precision": "bf16"}, "--trunk-precision bf16: ", "--trunk-precision fp32"),
+        ({"max_changes": 3}, "--max-changes 3: ", "--max-changes 4"),
+        ({"data": "miniworld:2"}, "--data miniworld:2: ", "--data miniworld"),
+        ({"num_validation": 3}, "--num-validation 3: ", "--num-validation 2"),
+    ]
+    for finished in (True, False):
+        if not finished:  # as if the run had been killed after its checkpoint
+            (tmp_path / "training.json").unlink()
+        for change, *words in changes[:: 1 if finished else 4]:
+            assert run("--resume", **change) == 2, change
+            error = capsys.readouterr().err.strip().splitlines()[-1]
+            assert error.startswith("error: ") and all(word in error for word in words), error
+        assert run("--resume", "--augment") == 2
+        assert "--augment True: " in capsys.readouterr().err
+    # The same pictures and weights under another path are the same.
+    shutil.copytree(tiny_trunk, tmp_path / "copied trunk")
+    assert run("--resume", trunk=tmp_path / "copied trunk") == 0
+    assert json.loads((tmp_path / "training.json").read_text())["losses"] == whole
+
+
+def test_pictures_that_changed_since_are_another_data_set(trainer, tiny_trunk, tmp_path, capsys):
+    data = folder_of_subjects(tmp_path / "data", [f"train/{n}" for n in range(4)], size=8)
+    flags = ("--trunk", tiny_trunk, "--data", data, "--num-validation", 0, "--steps", 2, "--output", tmp_path / "out")
+    assert trainer(*flags) == 0
+    assert trainer(*flags, "--resume") == 0 and "finished already" in capsys.readouterr().out
+    checkered(99, 16).save(data / "train" / "1" / "0.png")
+    assert trainer(*flags, "--resume") == 2
+    assert f"--data {data}: has changed since" in capsys.readouterr().err
+
+
+def test_several_data_sets_share_a_run_and_their_tokens(trainer, tiny_trunk, tmp_path, capsys):
+    one = folder_of_subjects(
+        tmp_path / "one", [f"{split}/{split}{n}" for split in ("train", "val") for n in range(4)], size=8
+    )
+    other = folder_of_subjects(tmp_path / "other", [f"train/b{n}" for n in range(3)], size=8)
+    tokens = tmp_path / "tokens"
+    flags = ("--trunk", tiny_trunk, "--steps", 3, "--batch-size", 4, "--token-folder", tokens)
+    assert trainer(*flags, "--data", one, "--output", tmp_path / "alone") == 0
+    written = {path: path.stat().st_mtime_ns for path in tokens.rglob("*.safetensors")}
+    reports = {}
+    for kind in ("disk", "live"):
+        both = ("--data", one, f"{other}:4", "--tokens", kind, "--output", tmp_path / kind)
+        assert trainer(*flags, *both) == 0
+        said = capsys.readouterr().out
+        assert f"3 of {other}, 4 times an epoch" in said and "validation  4 identities" in said
+        reports[kind] = json.loads((tmp_path / kind / "training.json").read_text())
+    assert len(list(tokens.rglob("*.safetensors"))) == 2
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+    assert reports["live"]["losses"] == pytest.approx(reports["disk"]["losses"], abs=1e-2)
+    assert reports["disk"]["num_identities"] == 7 and reports["disk"]["data"] == f"{one} and {other}"
+    assert trainer(*flags, "--data", one, f"{one}:2", "--output", tmp_path / "twice") == 2
+    assert "named twice" in capsys.readouterr().err
+    assert trainer(*flags, "--data", other, "--output", tmp_path / "no validation") == 2
+    assert "--num-validation 300: " in capsys.readouterr().err
+
+
+def test_the_papers_recipe_is_printed_and_flags_go_first(trainer, tiny_trunk, tmp_path, capsys):
+    flags = ("--trunk", tiny_trunk, "--num-identities", 6, "--num-validation", 2, "--output", tmp_path / "out")
+
+    def plan(*more):
+        assert trainer(*flags, "--dry-run", *more) == 0
+        lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+        return {line[0]: line[1].strip() for line in lines if len(line) == 2}
+
+    paper = plan("--recipe", "paper")
+    expected = {"steps": 3344, "batch_size": 128, "warmup_steps": 100, "learning_rate": 1e-4, "weight_decay": 1e-4}
+    expected |= {"max_gradient_norm": 1.0, "temperature": 0.07, "alpha": 0.5, "objective": "two-tier"}
+    assert {name: paper[name] for name in expected} == {name: str(value) for name, value in expected.items()}
+    for words in ("anchor_blackout=0.5", "positive_blackout=0.2", "distractor_blackout=0.6", "flip=0.5", "shift=0.1"):
+        assert words in paper["augment"]
+    assert "scale=0.1" in paper["augment"] and paper["pictures"].endswith("trunk in fp16")
+    assert "11 variants" in paper["tokens"] and "0 of 11 shards" in paper["tokens"] and "GB" in paper["memory"]
+    changed = plan("--recipe", "paper", "--steps", 10, "--no-augment", "--trunk-precision", "fp32")
+    assert changed["steps"] == "10" and changed["augment"] == "no" and changed["learning_rate"] == "0.0001"
+    assert plan()["steps"] == "600" and not (tmp_path / "out").exists()
+
+
+def test_the_trunk_follows_the_precision_of_the_run(script):
+    class Run:
+        mixed_precision = "bf16"
+
+    arguments = script.Arguments("trunk", HeadOptions(Path("unused")))
+    assert script.trunk_precision(arguments, Run) == "bf16"
+    assert script.trunk_precision(dataclasses.replace(arguments, trunk_precision="fp32"), Run) == "fp32"
+    Run.mixed_precision = "no"
+    assert script.trunk_precision(arguments, Run) == "fp32"
+
+
+def test_anchors_are_drawn_by_the_weights_of_the_source():
+    model, cache = tiny_model(), tokens_of(Tiles(8))
+    options = HeadOptions(Path("unused"))
+    for slot in range(2):
+        weights_ = torch.zeros_like(cache.weights)
+        weights_[:, :, slot] = 1
+        sure = dataclasses.replace(cache, weights=weights_)
+        losses = [
+            batch_loss(model.pool, sure, torch.arange(8), 0, options, number, Accelerator()).item() for number in (0, 1)
+        ]
+        assert losses[0] == losses[1]  # nothing is left to draw
 
 
 def test_trainer_shows_previews_and_keeps_their_tokens_apart(

@@ -349,7 +349,7 @@ class CachePlan:
     @property
     def fits(self) -> bool:
         """Whether the disk has room for what is missing."""
-        return self.missing_bytes <= free_bytes(self.folder)
+        return not self.missing or self.missing_bytes <= free_bytes(self.folder)
 
     def __str__(self) -> str:
         return (
