@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import os
 
 import pytest
@@ -9,6 +10,7 @@ from nearid_personalize import InputError, miniworld
 from nearid_personalize.checkpoints import trunk_fingerprint
 from nearid_personalize.data import IdentityDataset
 from nearid_personalize.data import cache as cache_module
+from nearid_personalize.data import shards as shards_module
 from nearid_personalize.data.cache import (
     CacheKey,
     CachePart,
@@ -218,6 +220,17 @@ def test_what_a_killed_run_left_goes_after_an_hour(tmp_path):
     next(home.glob("rows-*4.safetensors")).unlink()
     write_cache(tmp_path, model, rows)
     assert young.exists() and not old.exists()
+
+
+def test_a_disk_that_fills_up_meanwhile_is_one_line(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shards_module.os, "fsync", full)
+    monkeypatch.setattr(cache_module, "write_atomically", lambda path, content: None)
+    with pytest.raises(InputError, match="disk is full; give --token-folder"):
+        write_cache(tmp_path, tiny_model(), Tiles(5))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_damaged_shard_is_named(tmp_path):
