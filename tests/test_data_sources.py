@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import checkered
+from hub_server import HubServer
 from PIL import Image
 from test_data_rows import one_line
 
-from nearid_personalize.data import Row, check_disjoint, hash_split, load_rows, stream_rows
+from nearid_personalize.data import Row, check_disjoint, hash_split, load_rows, split_repeats, stream_rows
 from nearid_personalize.errors import InputError
 from nearid_personalize.miniworld import MiniWorldDataset, export_parquet, rows
 
@@ -350,3 +352,55 @@ def test_folders_that_hold_nothing(tmp_path: Path):
     one_line(lambda: load_rows(tmp_path / "d", [tmp_path]), "distractors")
     with pytest.raises(InputError):
         list(stream_rows(tmp_path / "empty"))
+
+
+# --- how a flag names a data set
+
+
+@pytest.mark.parametrize(
+    ("flag", "place", "repeats"),
+    [
+        ("abdo-eldesokey/mtg-dataset:4", "abdo-eldesokey/mtg-dataset", 4),
+        ("Aleksandar/NearID", "Aleksandar/NearID", 1),
+        ("owner/name@v1.0:12", "owner/name@v1.0", 12),
+        ("owner/name@refs/convert/parquet", "owner/name@refs/convert/parquet", 1),
+        (r"C:\photos", r"C:\photos", 1),
+        (r"C:\photos:4", r"C:\photos", 4),
+        ("C:/photos/4", "C:/photos/4", 1),
+        ("C:4", "C:4", 1),
+        ("dogs:many", "dogs:many", 1),
+        ("miniworld:2", "miniworld", 2),
+    ],
+)
+def test_a_number_after_the_last_colon_is_how_often(flag: str, place: str, repeats: int):
+    assert split_repeats(flag) == (place, repeats)
+
+
+def test_a_folder_of_that_name_goes_first(tmp_path: Path):
+    (tmp_path / "dogs:2").mkdir()
+    assert split_repeats(f"{tmp_path}/dogs:2") == (f"{tmp_path}/dogs:2", 1)
+    one_line(lambda: split_repeats("dogs:0"), "--data dogs:0")
+
+
+def test_a_revision_of_a_hub_data_set_is_the_one_that_is_read(hub: HubServer, tmp_path: Path):
+    for revision, ids in (("main", ["x", "y"]), ("v2", ["x", "y", "z"])):
+        for name, columns in (("NearID", views(ids)), ("NearID-Flux", distractors(ids))):
+            file = write(tmp_path / revision / name / "data/train-00000-of-00001.parquet", columns)
+            hub.publish(f"owner/{name}", file.parents[1], "datasets", revision)
+    code = """
+from nearid_personalize.data import load_rows
+from nearid_personalize.errors import InputError
+
+for revision in ("", "@v2", "@v3"):
+    try:
+        rows = load_rows(f"owner/NearID{revision}", [f"owner/NearID-Flux{revision}"])
+        print(len(rows), *rows.sources, rows[0].view(0).size)
+    except InputError as error:
+        print(error)
+"""
+    environment = hub.environment(tmp_path / "home", PYTHONPATH=str(Path(__file__).parents[1]))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    main, second, absent = result.stdout.splitlines()
+    assert main == "2 Flux (16, 16)" and second == "3 Flux (16, 16)"
+    assert absent.startswith("owner/NearID@v3: cannot be loaded")
