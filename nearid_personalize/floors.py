@@ -159,6 +159,11 @@ class QualityFloor:
             raise InputError(f"{path}: measured on another trunk than this one; {_HOW_TO_GET_ONE}")
         return cls(model, preprocessing, probe, rates, rates.threshold if threshold is None else threshold)
 
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "QualityFloor":
+        """Move the model to `device`, its trunk in `dtype`; returns this floor."""
+        self.model.to(device=device).cast_trunk(dtype)
+        return self
+
     @torch.no_grad()
     def scores(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures -> quality [N] in [0, 1], larger = more of a picture."""
@@ -436,6 +441,11 @@ class AdherenceFloor:
         embedded = encoder.embed_images(references) if references else None
         return cls(encoder, 0.0 if floor is None else floor, text, tuple(contrasts), embedded)
 
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "AdherenceFloor":
+        """Move the text-image model to `device`, in `dtype`; returns this floor."""
+        self.encoder.model.to(device=device, dtype=dtype)
+        return self
+
     def scores(self, images: Sequence[Image.Image], prompt: str) -> Tensor:
         """Pictures -> [N]: the lead of the prompt, in [-2, 2]; without contrasts and references the cosine."""
         pictures = self.encoder.embed_images(images)
@@ -467,7 +477,10 @@ def chosen_floors(
     reject_copies: bool = False,
     text_image_model: str | None = None,
 ) -> list[Floor]:
-    """What else a picture must pass: the quality floor of an encoder that has one, and what is asked for."""
+    """What else a picture must pass: the quality floor of an encoder that has one, and what is asked for.
+
+    Their models work on the scorer's device and in its precision.
+    """
     floors: list[Floor] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there is none is no news on every run
@@ -476,5 +489,13 @@ def chosen_floors(
     if reject_copies:
         floors.append(CopyFloor.from_references(references))
     if text_image_model is not None:
-        floors.append(AdherenceFloor.from_pretrained(text_image_model, ADHERENCE_LEAD, references=references))
+        encoder = scorer.model
+        adherence = AdherenceFloor.from_pretrained(
+            text_image_model,
+            ADHERENCE_LEAD,
+            references=references,
+            device=encoder.device,
+            dtype=encoder.backbone.dtype,
+        )
+        floors.append(adherence)
     return floors

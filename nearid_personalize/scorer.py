@@ -259,6 +259,11 @@ class IdentityScorer:
             compile_backend=compile_backend,
         )
 
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "IdentityScorer":
+        """Move the model to `device`, its trunk in `dtype` (the head stays float32); returns this scorer."""
+        self.model.to(device=device).cast_trunk(dtype)
+        return self
+
     @property
     def preprocessing(self) -> Preprocessing:
         """How pictures become pixel values."""

@@ -16,18 +16,22 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from nearid_personalize import IdentityGuard, IdentityScorer, InputError
+from nearid_personalize.denoising import find_denoiser
 
 
 class Guarded:
     """The call of a guarded pipeline; its other base class is the pipeline's own.
 
     scorer: compares pictures with the subject. subject: whom to keep, None: given with every call. guard_options: what
-    `IdentityGuard` takes besides, e.g. `{"max_batch_size": 4}`. All three may be set at any time.
+    `IdentityGuard` takes besides, e.g. `{"max_batch_size": 4}`. All three may be set at any time. A scorer that was
+    given by name, and with it the floors among the options, works on the pipeline's device and in its precision; one
+    that was given as a scorer stays as it is.
     """
 
     scorer: IdentityScorer
     subject: Any
     guard_options: dict[str, Any]
+    _named_scorer: IdentityScorer | None
 
     def __call__(self, prompt: Any = None, *, subject: Any = None, references: Any = None, **arguments: Any) -> Any:
         """Draw candidates and return a `GuardResult`: `.images` are the accepted ones, `.candidates` all, `.cost`.
@@ -38,6 +42,7 @@ class Guarded:
 
         Raises InputError when no subject is known, or for arguments that cannot work.
         """
+        self._scorer_follows()
         if references is not None:
             if subject is not None:
                 raise InputError("references cannot be given beside subject; pass one of them")
@@ -50,6 +55,19 @@ class Guarded:
         # What fitted into memory this time is where the next call begins
         self.guard_options = {**self.guard_options, "max_batch_size": guard.max_batch_size}
         return result
+
+    def _scorer_follows(self) -> None:
+        """Bring a scorer that was given by name, and the floors, to where the pipeline works by now."""
+        if self.scorer is not self._named_scorer:
+            return
+        # Under offloading the weights lie elsewhere than where they work
+        device, dtype = self._execution_device, find_denoiser(self).dtype
+        if (self.scorer.model.device, self.scorer.model.backbone.dtype) == (device, dtype):
+            return
+        self.scorer.to(device, dtype)
+        for floor in self.guard_options.get("floors", ()):
+            if hasattr(floor, "to"):
+                floor.to(device, dtype)
 
     @property
     def unguarded(self) -> DiffusionPipeline:
@@ -123,7 +141,8 @@ class IdentityGuardPipeline(DiffusionPipeline):
             raise InputError(
                 f"base {base} has {', '.join(foreign)}, unknown here; use IdentityGuard(pipe, ...) instead"
             )
-        if not isinstance(scorer, IdentityScorer):
+        named = not isinstance(scorer, IdentityScorer)
+        if named:
             if scorer is None:
                 raise InputError("scorer must be given: an IdentityScorer, or the folder or Hub id of a NearID encoder")
             scorer = IdentityScorer.from_pretrained(scorer)
@@ -133,6 +152,7 @@ class IdentityGuardPipeline(DiffusionPipeline):
         # Named as the base, it is saved as the base
         pipe = type(base, (Guarded, kind), {})(**given)
         pipe.scorer, pipe.guard_options = scorer, dict(guard_options or {})
+        pipe._named_scorer = scorer if named else None
         pipe.subject = subject if references is None else scorer.enroll(references)
         return pipe
 

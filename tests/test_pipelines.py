@@ -16,6 +16,7 @@ from tiny_pipelines import build
 
 from nearid_personalize import IdentityGuard, IdentityScorer, InputError
 from nearid_personalize.denoising import decode_latents
+from nearid_personalize.floors import AdherenceFloor, TextImageEncoder
 from nearid_personalize.selection import FixedSchedule
 
 PIPELINES = str(Path(__file__).parent.parent / "pipelines")
@@ -113,6 +114,25 @@ def test_the_scorer_may_be_named(saved, tiny_nearid_dir, photo_dir):
     assert pipe("sks dog", num_images=1, num_inference_steps=1).candidates
     with pytest.raises(InputError, match=r"^scorer must be given"):
         load(saved("sd"), None)
+
+
+def test_a_scorer_given_by_name_works_where_and_as_the_pipeline_does(saved, tiny_nearid_dir, scorer, photo_dir):
+    """With its floors. One that is given as a scorer stays as it is."""
+    text_image = TextImageEncoder.from_pretrained("miniworld")
+    floor = AdherenceFloor(text_image, floor=-1.0)
+    half = {"dtype": torch.bfloat16, "references": photo_dir, "guard_options": {"floors": [floor]}}
+    call = {"num_images": 1, "num_candidates": 2, "num_inference_steps": 1}
+    pipe = load(saved("sd"), str(tiny_nearid_dir), **half)
+    assert pipe("sks dog", **call).candidates
+    assert pipe.scorer.model.backbone.dtype == text_image.model.dtype == torch.bfloat16
+    assert next(pipe.scorer.model.head.parameters()).dtype == torch.float32
+    pipe.to(torch.float32)
+    pipe("sks dog", **call)
+    assert pipe.scorer.model.backbone.dtype == text_image.model.dtype == torch.float32
+
+    pipe = load(saved("sd"), scorer, **half)
+    assert pipe("sks dog", **call).candidates
+    assert pipe.scorer is scorer and scorer.model.backbone.dtype == text_image.model.dtype == torch.float32
 
 
 def test_whatever_is_done_to_the_pipeline_holds_under_its_guard(saved, scorer, subject, tmp_path):
