@@ -491,18 +491,10 @@ class _Looks:
             self.race.watch(self._glimpse(moment))
         return kept
 
-    def _scores(self, rows: Sequence[int], pixels: Tensor) -> Tensor:
-        """Preview scores by row of the batch; NaN for rows already stopped and for previews that hold no picture."""
-        guard, scores = self.race.guard, torch.full((len(self.seeds),), math.nan)
-        # A VAE may overflow on the clean prediction of an early step, and not on the finished latents
-        places = [place for place in range(len(rows)) if pixels[place].isfinite().all()]
-        if places:
-            scores[[rows[place] for place in places]] = guard.scorer.score(pixels[places], guard.subject)
-        return scores
-
     def _decide(self, moment: Moment, fraction: float, policy: StoppingPolicy) -> list[int]:
-        pixels = moment.preview()
-        scores = self._scores(moment.rows, pixels)
+        guard, pixels = self.race.guard, moment.preview()
+        scores = torch.full((len(self.seeds),), math.nan)
+        scores[list(moment.rows)] = preview_scores(guard.scorer, guard.subject, pixels)
         kept = policy.decide(fraction, scores, self.race.num_images)  # type: ignore[arg-type]
         goes_on = kept | scores.isnan()  # to a policy NaN means stopped already
         for place, row in enumerate(moment.rows):
@@ -560,6 +552,17 @@ def _warn_if_nothing_accepted(results: Sequence[GuardResult]) -> None:
         NothingAcceptedWarning,
         stacklevel=3,
     )
+
+
+def preview_scores(scorer: IdentityScorer, subject: Subject, pixels: Tensor) -> Tensor:
+    """Scores `[n]` of previews `[n,3,H,W]`; NaN for one that holds no picture.
+
+    A VAE in half precision may overflow on the clean prediction of an early step, and not on the finished latents.
+    """
+    scores, seen = torch.full((len(pixels),), math.nan), pixels.isfinite().flatten(1).all(dim=1)
+    if seen.any():
+        scores[seen] = scorer.score(pixels[seen], subject)
+    return scores
 
 
 def preview_profile(candidates: Sequence[Candidate]) -> PreviewProfile | None:

@@ -26,8 +26,8 @@ from diffusers.modular_pipelines import (
 
 from nearid_personalize import InputError
 from nearid_personalize.denoising import as_pixels, decode_latents, predict_clean, steps_at
-from nearid_personalize.guard import STEP_FRACTIONS, to_pictures
-from nearid_personalize.selection import DEFAULT_POLICY, best_accepted, rank_candidates
+from nearid_personalize.guard import STEP_FRACTIONS, preview_scores, to_pictures
+from nearid_personalize.selection import DEFAULT_POLICY, best_accepted, needs_previews, rank_candidates
 
 FAMILIES = {
     "flux": "FluxAutoBlocks",
@@ -86,12 +86,13 @@ class RejectStep(ModularPipelineBlocks):
         step, num_steps = i + 1, len(block_state.timesteps)
         asked_at = getattr(block_state.policy, "step_fractions", STEP_FRACTIONS)
         due = [fraction for fraction in asked_at if step in steps_at([fraction], num_steps)]
-        if due and step < num_steps:
-            scores = torch.full((len(block_state.rows) + len(block_state.stopped_at),), torch.nan)
-            scores[block_state.rows] = block_state.scorer.score(
-                preview(components, block_state, t), block_state.subject
-            )
-            goes_on = block_state.policy.decide(due[-1], scores, block_state.num_images)
+        num_started = len(block_state.rows) + len(block_state.stopped_at)
+        looks = needs_previews(block_state.policy, num_started, block_state.num_images, is_last=True)
+        if due and step < num_steps and looks:
+            scores, pixels = torch.full((num_started,), torch.nan), preview(components, block_state, t)
+            scores[block_state.rows] = preview_scores(block_state.scorer, block_state.subject, pixels)
+            kept = block_state.policy.decide(due[-1], scores, block_state.num_images)
+            goes_on = kept | scores.isnan()  # to a policy NaN means stopped already
             cut(block_state, [place for place, row in enumerate(block_state.rows) if goes_on[row]], step)
         return components, block_state
 
@@ -102,6 +103,9 @@ class RejectStep(ModularPipelineBlocks):
             raise InputError(f"prompt must be one text, got {block_state.batch_size}; call the pipeline once for each")
         if (name := type(components.scheduler).__name__) not in MEMORYLESS_SCHEDULERS:
             raise InputError(f"scheduler {name} cannot lose rows here; {', '.join(sorted(MEMORYLESS_SCHEDULERS))} can")
+        if components.scheduler.config.get("stochastic_sampling"):
+            # The loops of these families pass it no generator
+            raise InputError(f"scheduler {name} draws noise by no seed here; set stochastic_sampling=False")
 
 
 class RerankStep(ModularPipelineBlocks):

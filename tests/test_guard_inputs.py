@@ -88,6 +88,15 @@ def test_half_precision(family, dtype, guarded):
     assert difference.max() <= 8 / 255 and difference.mean() <= spread / 50
 
 
+def test_chosen_floors_work_where_and_as_the_scorer_does(tiny_nearid_dir):
+    from nearid_personalize.loading import chosen_floors
+
+    scorer = IdentityScorer.from_pretrained(tiny_nearid_dir, dtype=torch.bfloat16)
+    (floor,) = chosen_floors(str(tiny_nearid_dir), scorer, [checkered(0)], text_image_model="miniworld")
+    assert floor.encoder.model.dtype == torch.bfloat16 and floor.encoder.model.device == scorer.model.device
+    assert len(floor.judge([checkered(1)], "a red bag")) == 1
+
+
 def in_precision(value, dtype: torch.dtype):
     """Embeddings in the precision of the pipeline; other arguments as they are."""
     if isinstance(value, list):

@@ -243,6 +243,47 @@ def test_rejected_in_the_loop_and_re_ranked_at_the_end(family, saved, scorer, su
     assert (state.images - rows[best]).abs().max() <= 1e-5
 
 
+def test_whoever_goes_on_keeps_its_own_noise(saved, scorer, subject):
+    """A scheduler that draws noise at every step draws it by the generator of each row that is left."""
+    from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLAutoBlocks
+
+    plain = modular(StableDiffusionXLAutoBlocks(), saved("sdxl"))
+    pipe = modular(identity_blocks("sdxl"), saved("sdxl"))
+    for each in (plain, pipe):
+        each.update_components(scheduler=EulerAncestralDiscreteScheduler.from_config(each.scheduler.config))
+    rows = plain(**modular_call("sdxl")).images
+    state = pipe(**modular_call("sdxl", scorer=scorer, subject=subject, num_images=4, policy=KeepsTheLast()))
+    assert state.rows == [2, 3]
+    best = [verdict.index for verdict in state.verdicts[:2]]
+    assert (state.images - rows[best]).abs().max() <= 1e-5
+
+
+class KeepsTheLast:
+    """A policy that stops the first half of the batch."""
+
+    step_fractions = (0.5,)
+
+    def decide(self, step_fraction, preview_scores, num_images):
+        return torch.arange(len(preview_scores)) >= len(preview_scores) // 2
+
+
+def test_a_modular_preview_that_is_no_picture_stops_nobody(saved, scorer, subject, monkeypatch):
+    pipe = modular(identity_blocks(), saved("flux"))
+    decode = type(pipe.vae).decode
+
+    def overflowing(vae, latents, **kwargs):
+        decoded = decode(vae, latents, **kwargs)
+        if len(latents) == N:
+            decoded[0][:2] = float("nan")
+        return decoded
+
+    monkeypatch.setattr(type(pipe.vae), "decode", overflowing)
+    state = pipe(
+        **modular_call("flux", scorer=scorer, subject=subject, num_images=1, policy=FixedSchedule({0.5: 0.25}))
+    )
+    assert set(state.rows) > {0, 1} and len(state.rows) == 3
+
+
 def test_modular_sdxl_previews_are_decoded_in_float32(saved):
     pipe = modular(identity_blocks("sdxl"), saved("sdxl"))
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -300,7 +341,7 @@ class Nobody:
 
 
 def test_what_the_blocks_cannot_do_is_refused_by_name(saved, scorer, subject):
-    from diffusers import UniPCMultistepScheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
     guard = {"scorer": scorer, "subject": subject}
     pipe = modular(identity_blocks(), saved("flux"))
@@ -310,6 +351,9 @@ def test_what_the_blocks_cannot_do_is_refused_by_name(saved, scorer, subject):
         pipe(**modular_call("flux", **guard, prompt=["sks dog", "a cat"], num_images_per_prompt=2))
     pipe.scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
     with pytest.raises(InputError, match=r"^scheduler UniPCMultistepScheduler cannot lose rows here"):
+        pipe(**modular_call("flux", **guard))
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    with pytest.raises(InputError, match=r"^scheduler FlowMatchEulerDiscreteScheduler draws noise by no seed"):
         pipe(**modular_call("flux", **guard))
     with pytest.raises(InputError, match=r"^family 'wan'; one of flux, "):
         ModularPipelineBlocks.from_pretrained(PIPELINES, trust_remote_code=True, family="wan")
