@@ -89,7 +89,7 @@ def test_half_precision(family, dtype, guarded):
 
 
 def test_chosen_floors_work_where_and_as_the_scorer_does(tiny_nearid_dir):
-    from nearid_personalize.loading import chosen_floors
+    from nearid_personalize.floors import chosen_floors
 
     scorer = IdentityScorer.from_pretrained(tiny_nearid_dir, dtype=torch.bfloat16)
     (floor,) = chosen_floors(str(tiny_nearid_dir), scorer, [checkered(0)], text_image_model="miniworld")
