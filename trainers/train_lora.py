@@ -6,7 +6,7 @@ accelerate launch --quiet trainers/train_lora.py --base-model miniworld --refere
 
 import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import tyro
@@ -14,6 +14,9 @@ from accelerate import PartialState
 
 from nearid_personalize.commands.flags import parse_flags, quieten_libraries, run_program
 from nearid_personalize.training.lora import WEIGHTS_NAME, LoraOptions, train_lora
+from nearid_personalize.training.lora_options import flat
+from nearid_personalize.training.publishing import make_repository, push_lora
+from nearid_personalize.training.text_image import WELL_KNOWN, cached_text_image_model
 from nearid_personalize.training.validation import IdentityValidation, ValidationOptions
 
 RELEASED = "Aleksandar/nearid-siglip2"
@@ -33,7 +36,12 @@ def completed(arguments: Arguments) -> Arguments:
     if not lora.validate_every and validation.validation_model is not None:
         lora = replace(lora, validate_every=max(1, lora.steps // 8))
     if lora.base_model != "miniworld":
-        return Arguments(lora, replace(validation, validation_model=validation.validation_model or RELEASED))
+        filled = replace(
+            validation,
+            validation_model=validation.validation_model or RELEASED,
+            text_image_model=validation.text_image_model or cached_text_image_model(),
+        )
+        return Arguments(lora, filled)
     from nearid_personalize.miniworld import context_prompts
 
     prompts = context_prompts(lora.subject_name)
@@ -49,13 +57,18 @@ def completed(arguments: Arguments) -> Arguments:
 
 def print_plan(arguments: Arguments) -> None:
     """Show every option before anything is loaded; of the validation only where there is one."""
-    plan = asdict(arguments.lora) | (asdict(arguments.validation) if arguments.lora.validate_every else {})
+    plan = flat(arguments.lora) | (flat(arguments.validation) if arguments.lora.validate_every else {})
     for name, value in plan.items():
-        print(f"{name:>25}  {value}")
+        print(f"{name:>27}  {value}")
+    if arguments.lora.validate_every and not arguments.validation.text_image_model:
+        print(f"adherence to the prompts is not measured; it would be with --text-image-model {WELL_KNOWN[0]}, say")
 
 
 def run(arguments: Arguments) -> None:
     """Train, and put the checkpoint to keep into the output folder."""
+    repository = arguments.lora.publishing.push_to_hub
+    if repository and PartialState().is_main_process:
+        make_repository(repository)
     validates = bool(arguments.lora.validate_every)
     validation = IdentityValidation.open(arguments.lora, arguments.validation) if validates else None
     folder = train_lora(arguments.lora, validation)
@@ -64,6 +77,8 @@ def run(arguments: Arguments) -> None:
     best = validation.finish() if validation else None
     kept = f", of step {best['step']}: identity {best['identity']:.3f}" if best else ""
     print(f"wrote {folder / WEIGHTS_NAME}{kept}")
+    if repository:
+        print(f"uploaded to {push_lora(folder, repository)}")
 
 
 def main() -> None:

@@ -1,13 +1,16 @@
 """What a LoRA run trains: layers in the denoiser and the text encoders, the token's row, and their optimizer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from nearid_personalize.errors import InputError
 from nearid_personalize.training.families import Family, Table
@@ -126,10 +129,11 @@ def free_token_row(text_encoder: Any, tokenizer: Any, token: str, init: Sequence
 def parameter_groups(model: PromptedDenoiser, options: LoraOptions) -> list[dict[str, Any]]:
     """Sort trained parameters by learning rate: denoiser, text layers, token rows."""
     text = {name: p for name, p in model.text.named_parameters() if p.requires_grad}
+    family = model.family
     rates = {
-        "denoiser": options.learning_rate or model.family.learning_rate,
-        "text": options.text_learning_rate,
-        "token": options.token_learning_rate,
+        "denoiser": options.learning_rate or family.learning_rate,
+        "text": options.text_learning_rate or family.text_learning_rate,
+        "token": options.token_learning_rate or family.token_learning_rate,
     }
     parameters = {
         "denoiser": [p for p in model.denoiser.parameters() if p.requires_grad],
@@ -146,12 +150,32 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: LoraOptions) -> to
             from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, import-untyped, unused-ignore]
         except ImportError as error:
             raise InputError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes") from error
-        return AdamW8bit(groups, weight_decay=0.0)
+        return AdamW8bit(groups, weight_decay=options.weight_decay)
     if options.optimizer == "prodigy":
         try:
             from prodigyopt import Prodigy  # type: ignore[import-not-found, import-untyped, unused-ignore]
         except ImportError as error:
             raise InputError("--optimizer prodigy needs prodigyopt: pip install prodigyopt") from error
         found = [{**group, "lr": 1.0} for group in groups]  # it scales the rate itself, by one factor for all
-        return Prodigy(found, lr=1.0, weight_decay=0.0, use_bias_correction=True, safeguard_warmup=True)
-    return torch.optim.AdamW(groups, weight_decay=0.0)
+        return Prodigy(
+            found, lr=1.0, weight_decay=options.weight_decay, use_bias_correction=True, safeguard_warmup=True
+        )
+    return torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+
+
+def learning_rate_factor(step: int, options: LoraOptions, decay: Callable[[int], float]) -> float:
+    """What the learning rates are multiplied by at a step, counted from 0: linear warm-up, then `decay`.
+
+    diffusers' own warm-up begins at 0, where a step teaches nothing.
+    """
+    if step < options.warmup:
+        return (step + 1) / options.warmup
+    return decay(step - options.warmup)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, options: LoraOptions) -> LambdaLR:
+    """Build the schedule of the learning rates: warm-up, then as diffusers' schedule of that name."""
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # some schedules ask their optimizer for its rate
+    left = max(1, options.steps - options.warmup)
+    decay = get_scheduler(options.lr_scheduler, stand_in, num_warmup_steps=0, num_training_steps=left).lr_lambdas[0]
+    return LambdaLR(optimizer, partial(learning_rate_factor, options=options, decay=decay))

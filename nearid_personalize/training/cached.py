@@ -28,6 +28,7 @@ from nearid_personalize.training.noising import Noised, Noising, stratified_leve
 CAPTION_KEYS = ("text", "caption", "prompt")
 ASPECTS = (1, 4 / 5, 3 / 4, 2 / 3, 9 / 16, 1 / 2)  # and upside down
 PRIOR_STEPS = 20
+NO_CAPTION = ""
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -240,7 +241,8 @@ def encode_all(
     sizes = training_sizes(options, family, references)
     sizes += [nearest_size(picture.image.size, sizes) for picture in priors]
     pictures = [*references, *priors]
-    prompts = tuple(dict.fromkeys([*(picture.prompt for picture in pictures), *options.texts_of_reward]))
+    texts = [picture.prompt for picture in pictures] + ([NO_CAPTION] if options.caption_dropout else [])
+    prompts = tuple(dict.fromkeys([*texts, *options.texts_of_reward]))
     samples = [
         encode_picture(family, picture, size, options.background_weight, prompts.index(picture.prompt))
         for picture, size in zip(pictures, sizes)
@@ -303,7 +305,14 @@ def make_batch(data: TrainingSet, noising: Noising, options: LoraOptions, turn: 
     noise = torch.from_numpy(rng.standard_normal(mean.shape, dtype=np.float32))
     levels = torch.cat([stratified_levels(rng, references), stratified_levels(rng, len(chosen) - references)])
     latents = mean + std * torch.from_numpy(rng.standard_normal(mean.shape, dtype=np.float32))
-    prompts, prompt_index = torch.tensor([sample.prompt for sample in samples]).unique(return_inverse=True)
+    if options.noise_offset:
+        shape = (*mean.shape[:2], 1, 1)  # one draw for a whole channel
+        noise = noise + options.noise_offset * torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+    numbers = torch.tensor([sample.prompt for sample in samples])
+    if options.caption_dropout:
+        dropped = torch.from_numpy(rng.random(len(samples)) < options.caption_dropout)
+        numbers[dropped] = data.prompts.index(NO_CAPTION)
+    prompts, prompt_index = numbers.unique(return_inverse=True)
     return Batch(
         noising(latents, noise, levels),
         torch.stack([sample.importance for sample in samples]),

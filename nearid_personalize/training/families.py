@@ -25,13 +25,23 @@ CONTEXT_FEED_FORWARD = ("ff_context.net.0.proj", "ff_context.net.2")
 
 
 class Family:
-    """One model family around its pipeline. Subclasses state what is theirs."""
+    """One model family around its pipeline. Subclasses state what is theirs.
+
+    Learning rates are those in common use for DreamBooth-LoRA: 1e-4 for the denoiser (diffusers'
+    `train_dreambooth_lora_sdxl.py` and `_flux.py` by default, kohya's sd-scripts by advice), 5e-6 for text encoders
+    (diffusers' default), 1e-5 and 5e-4 for a text encoder and a token's row trained beside a Stable Diffusion UNet
+    (cloneofsimo's `lora_pti`; textual inversion's row rate, arXiv:2208.01618, is of that size too).
+    """
 
     denoiser_name: ClassVar[str] = "transformer"
     text_names: ClassVar[tuple[str, ...]] = ()  # text encoders whose LoRA the pipeline's loader reads
     attention_layers: ClassVar[tuple[str, ...]] = ATTENTION
     convolution_layers: ClassVar[tuple[str, ...]] = ()
-    learning_rate: ClassVar[float] = 1e-4
+    has_checker: ClassVar[bool] = False  # whether a safety checker is to be left out
+    learning_rate: float = 1e-4
+    text_learning_rate: float = 5e-6
+    token_learning_rate: float = 5e-4
+    distilled_guidance: float = 1.0  # what a guidance-distilled denoiser is told
     text_rank: ClassVar[int] = 0
     patch: ClassVar[int] = 2  # latent rows and columns that the denoiser takes as one
 
@@ -82,6 +92,15 @@ class Family:
         """Arguments of a pipeline call that draws with guidance."""
         return {"guidance_scale": scale}
 
+    def told_guidance(self, timesteps: Tensor) -> Tensor | None:
+        """The guidance [B] that a guidance-distilled transformer is told; None: it takes none."""
+        return torch.full_like(timesteps, self.distilled_guidance) if self.takes_guidance else None
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether guidance was distilled into the denoiser."""
+        return bool(self.denoiser.config.get("guidance_embeds", False))
+
     def encode_prompts(self, prompts: Sequence[str], device: torch.device) -> Table:
         """Embed prompts with the frozen text encoders, as sampling does."""
         raise NotImplementedError
@@ -127,7 +146,8 @@ class StableDiffusion(Family):
     text_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     attention_layers = (*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out")
     convolution_layers = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
-    learning_rate = 1e-3
+    has_checker = True
+    text_learning_rate = 1e-5
     text_rank = 8
     patch = 1
 
@@ -148,7 +168,8 @@ class StableDiffusionXL(StableDiffusion):
     """SDXL: two text encoders, and a UNet that is told the picture's size and crop."""
 
     text_names = ("text_encoder", "text_encoder_2")
-    learning_rate = Family.learning_rate
+    has_checker = False
+    text_learning_rate = Family.text_learning_rate
     text_rank = 0
 
     def encode_prompts(self, prompts: Sequence[str], device: torch.device) -> Table:
@@ -218,7 +239,7 @@ class Flux(Family):
         predicted = denoiser(
             pack(noisy),
             timestep=timesteps / 1000,
-            guidance=torch.ones_like(timesteps) if self.pipe.transformer.config.guidance_embeds else None,
+            guidance=self.told_guidance(timesteps),
             txt_ids=noisy.new_zeros(rows["encoder_hidden_states"].shape[1], 3),
             img_ids=places,
             **rows,
@@ -254,7 +275,7 @@ class QwenImage(Family):
         predicted = denoiser(
             pack(noisy),
             timestep=timesteps / 1000,
-            guidance=torch.ones_like(timesteps) if self.pipe.transformer.config.guidance_embeds else None,
+            guidance=self.told_guidance(timesteps),
             img_shapes=[[(1, h, w)]] * len(noisy),
             **rows,
         ).sample

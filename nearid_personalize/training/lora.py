@@ -33,17 +33,16 @@ from diffusers.training_utils import EMAModel, offload_models
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nearid_personalize.errors import InputError
-from nearid_personalize.hub import HUB_ERRORS, download_fault, split_revision
 from nearid_personalize.images import check_writable
-from nearid_personalize.loading import check_denoiser_precision
 from nearid_personalize.training.adapters import (
     PromptedDenoiser,
     add_adapters,
     make_optimizer,
+    make_schedule,
     parameter_groups,
     trained_text,
 )
+from nearid_personalize.training.base_model import family_of, load_base_model
 from nearid_personalize.training.cached import (
     Batch,
     Picture,
@@ -57,7 +56,7 @@ from nearid_personalize.training.cached import (
     read_references,
     training_sizes,
 )
-from nearid_personalize.training.families import Family, Table, family_class
+from nearid_personalize.training.families import Family, Table
 from nearid_personalize.training.lora_checkpoints import (
     checkpoint_step,
     find_checkpoint,
@@ -67,6 +66,7 @@ from nearid_personalize.training.lora_checkpoints import (
 from nearid_personalize.training.lora_files import WEIGHTS_NAME, load_lora, read_metadata, save_lora
 from nearid_personalize.training.lora_options import LoraOptions
 from nearid_personalize.training.noising import noising_of
+from nearid_personalize.training.publishing import finish_trackers, start_trackers, tracker_arguments
 from nearid_personalize.training.reward import Enrolled, IdentityTerm, enroll_reward
 from nearid_personalize.training.sharding import average_gradients, follow, lead, requested_sharding, shard_frozen
 from nearid_personalize.training.validation_plan import asked_steps
@@ -122,31 +122,10 @@ def load_family(options: LoraOptions, half: torch.dtype | None = None, device: s
 
     half: type of the frozen weights where `base_precision` asks for half precision.
     """
-    base_model, revision = split_revision(options.base_model)
-    if base_model == "miniworld":
-        from nearid_personalize.miniworld import weights_dir
-
-        base_model = str(weights_dir("pipeline"))
-    try:
-        config = DiffusionPipeline.load_config(base_model, revision=revision)
-        family = family_class(config["_class_name"], base_model)
-        halves = options.base_precision == "same"
-        halves |= options.base_precision == "auto" and family.denoiser_name == "transformer" and device != "cpu"
-        dtype = half if half and halves else torch.float32
-        checker: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
-        pipe = DiffusionPipeline.from_pretrained(
-            base_model,
-            revision=revision,
-            dtype={"default": dtype, "vae": torch.float32},
-            use_safetensors=True,
-            **(checker if family.__name__ == "StableDiffusion" else {}),
-        )
-    except HUB_ERRORS as error:
-        reason = download_fault(error)
-        raise InputError(f"--base-model {options.base_model}: {reason}; give a pipeline folder or Hub id") from error
-    check_denoiser_precision(pipe, dtype)
-    pipe.set_progress_bar_config(disable=True)
-    return family(pipe)
+    family = family_of(options)
+    halves = options.base_precision == "same"
+    halves |= options.base_precision == "auto" and family.denoiser_name == "transformer" and device != "cpu"
+    return load_base_model(options, half if half and halves else torch.float32)
 
 
 def choose_autocast(precision: str, accelerator: Accelerator) -> torch.dtype | None:
@@ -217,7 +196,7 @@ class LoraRun:
         self.adapted = adapt(family, options, device, autocast)
         self.trained = [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(parameter_groups(self.adapted, options), options)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate_factor, steps=options.steps))
+        schedule = make_schedule(optimizer, options)
         save_only_adapters(accelerator, self.adapted)
         if sharding:
             shard_frozen(family.denoiser, device, sharding)
@@ -253,7 +232,7 @@ class LoraRun:
         if self.sharding:
             average_gradients(self.trained, self.accelerator)
         self.scaler.unscale_(self.optimizer)
-        self.accelerator.clip_grad_norm_(self.trained, 1.0)
+        self.accelerator.clip_grad_norm_(self.trained, self.options.max_gradient_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
@@ -343,6 +322,7 @@ class LoraRun:
         Inside `ready_to_draw`; called by the main process alone.
         """
         options = replace(self.options, prior_pictures=0, class_prompts=(), batch_size=len(pictures))
+        options = replace(options, caption_dropout=0.0, noise_offset=0.0)
         data, table = prepare_data(self.family, options, pictures, self.accelerator)
         passes = math.ceil(LOSS_DRAWS / len(pictures))
         batches = [make_batch(data, self.noising, options, turn) for turn in range(passes)]
@@ -369,14 +349,6 @@ class LoraRun:
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
-
-
-def learning_rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up over 5 % of `steps`, then cosine to 0; in (0, 1]."""
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def ask_main_process(run: LoraRun, look: Callable[[DiffusionPipeline], Any]) -> Any:
@@ -436,7 +408,9 @@ def train_lora(options: LoraOptions, validate: Validate | None = None, on_step: 
     with requested_sharding() as sharding:
         # Of SDXL's first text encoder, the last layer is not used
         unused = DistributedDataParallelKwargs(find_unused_parameters=bool(options.text_rank))
-        accelerator = Accelerator(step_scheduler_with_optimizer=False, kwargs_handlers=[unused])
+        accelerator = Accelerator(
+            step_scheduler_with_optimizer=False, kwargs_handlers=[unused], **tracker_arguments(options)
+        )
         references = read_references(options)
         same = {"references": fingerprint(references), "number of processes": accelerator.num_processes}
         checkpoint = find_checkpoint(options, same)
@@ -444,6 +418,7 @@ def train_lora(options: LoraOptions, validate: Validate | None = None, on_step: 
         set_seed(options.seed)
         enrolled = enroll_reward(options, references, accelerator.device, validate)
         run = LoraRun(options, accelerator, references, enrolled, sharding)
+        start_trackers(accelerator, options)
         step = 0
         if checkpoint is not None:
             accelerator.load_state(str(checkpoint))
@@ -453,7 +428,9 @@ def train_lora(options: LoraOptions, validate: Validate | None = None, on_step: 
         progress = tqdm(initial=step, total=options.steps, desc="LoRA", disable=not accelerator.is_local_main_process)
         while step < options.steps:
             step += 1
+            rate = run.schedule.get_last_lr()[0]
             loss = run.take_step(step)
+            accelerator.log({"loss": loss, "learning_rate": rate}, step=step)  # to the trackers, if any
             progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
             progress.update()
             if on_step is not None and on_step(step, loss) is False:
@@ -465,6 +442,7 @@ def train_lora(options: LoraOptions, validate: Validate | None = None, on_step: 
                 save_checkpoint(accelerator, options, step, same, partial(run.write_lora, step=step))
 
         progress.close()
+        finish_trackers(accelerator)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             run.write_lora(options.output, step)

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.training.lora_options import LoraOptions
+from nearid_personalize.training.lora_options import LoraOptions, flat
 
 BOOKKEEPING = {"output", "resume", "checkpoint_every", "checkpoints_total_limit", "keep_checkpoints", "validate_every"}
+BOOKKEEPING |= {"report_to", "push_to_hub"}
 
 
 def save_only_adapters(accelerator: Accelerator, model: nn.Module) -> None:
@@ -63,7 +63,7 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_lora(partial)
-        state = {"options": asdict(options), "run": run}
+        state = {"options": flat(options), "run": run}
         (partial / "run.json").write_text(json.dumps(state, default=str), encoding="utf-8")
         partial.rename(folder)
         for older in checkpoints(options.output)[: -options.checkpoints_total_limit]:
@@ -80,8 +80,8 @@ def find_checkpoint(options: LoraOptions, run: Mapping[str, Any]) -> Path | None
     if not found:
         raise InputError(f"--resume: no checkpoint under {options.output / 'checkpoint'}; start without --resume")
     before = json.loads((found[-1] / "run.json").read_text(encoding="utf-8"))
-    now = json.loads(json.dumps({"options": asdict(options), "run": run}, default=str))
-    for name in (field.name for field in fields(options) if field.name not in BOOKKEEPING):
+    now = json.loads(json.dumps({"options": flat(options), "run": run}, default=str))
+    for name in (name for name in flat(options) if name not in BOOKKEEPING):
         was, is_now = before["options"].get(name), now["options"][name]
         if was != is_now:
             flag = f"--{name.replace('_', '-')}"

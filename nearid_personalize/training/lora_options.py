@@ -1,12 +1,41 @@
 """What the LoRA trainer can be told: one flat dataclass, contradictions refused by the name of the flag."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from nearid_personalize.errors import InputError
 
 FlowWeighting = Literal["logit-normal", "mode", "cosmap", "sigma-sqrt", "none"]
+Schedule = Literal["cosine", "linear", "constant", "polynomial"]
+RATES = ("learning_rate", "text_learning_rate", "token_learning_rate")
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Which of a base model's files are read."""
+
+    variant: str | None = None
+    """Weights of that name, e.g. fp16 for diffusion_pytorch_model.fp16.safetensors. None: those without."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub repository. None: main."""
+    base_config: str | None = None
+    """Of a base model that is one .safetensors file: folder or Hub id of a pipeline of the same architecture, whose
+    configuration and tokenizers are taken. None: found by the file's layers, on the Hub or in its cache."""
+
+
+@dataclass(frozen=True)
+class Publishing:
+    """Where a run is told of while it trains, and where its LoRA goes afterwards."""
+
+    report_to: tuple[str, ...] = ()
+    """Trackers that are told the loss and the learning rate of every step, through accelerate: tensorboard (into
+    OUTPUT/logs), wandb, mlflow, ..."""
+    push_to_hub: str | None = None
+    """Hub repository owner/name that receives the LoRA and a model card; made anew it is private. Needs `hf auth login`
+    or HF_TOKEN."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +43,8 @@ class LoraOptions:
     """What to train, on which pictures, for how long."""
 
     base_model: str
-    """Stable Diffusion 1.5 or 2, SDXL, SD3, FLUX.1, Qwen-Image or Z-Image pipeline: folder, Hub id, or "miniworld"."""
+    """Stable Diffusion 1.5 or 2, SDXL, SD3, FLUX.1, Qwen-Image or Z-Image pipeline: folder, Hub id, one .safetensors
+    file, or "miniworld"."""
     references: Path
     """Folder with a few pictures of the subject. Captions: photo.txt beside photo.jpg, or metadata.jsonl."""
     output: Path
@@ -64,12 +94,27 @@ class LoraOptions:
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
     """adamw8bit needs bitsandbytes; prodigy needs prodigyopt and finds its learning rates itself."""
     learning_rate: float | None = None
-    """Learning rate of the denoiser's LoRA; warm-up 5 %, then cosine to 0. None: 1e-3 for Stable Diffusion,
-    1e-4 from SDXL on."""
-    text_learning_rate: float = 5e-4
-    """Learning rate of the text encoders' LoRA."""
-    token_learning_rate: float = 5e-3
-    """Learning rate of the token's row."""
+    """Learning rate of the denoiser's LoRA. None: what the base model's folder asks for in lora_training.json,
+    else 1e-4."""
+    text_learning_rate: float | None = None
+    """Learning rate of the text encoders' LoRA. None: likewise, else 1e-5 for Stable Diffusion, 5e-6 from SDXL on."""
+    token_learning_rate: float | None = None
+    """Learning rate of the token's row. None: likewise, else 5e-4."""
+    lr_scheduler: Schedule = "cosine"
+    """How the learning rates fall after the warm-up, by its name in diffusers."""
+    warmup_steps: int | None = None
+    """Optimizer steps over which the learning rates rise. None: 5 % of the steps."""
+    weight_decay: float = 0.0
+    """AdamW's and Prodigy's weight decay, >= 0."""
+    max_gradient_norm: float = 1.0
+    """Gradients of a greater norm are cut down to it; above 0. inf: never."""
+    caption_dropout: float = 0.0
+    """Share of pictures that are trained on without their caption, in [0, 1); for classifier-free guidance."""
+    noise_offset: float = 0.0
+    """Strength of noise that is the same all over a latent channel, >= 0, e.g. 0.05: darker and lighter pictures are
+    learnt better. Not for flow prediction."""
+    distilled_guidance: float | None = None
+    """Guidance that a guidance-distilled transformer (FLUX.1 [dev]) is told while it trains. None: 1."""
     min_snr_gamma: float | None = None
     """Cap on the signal-to-noise weight of epsilon and v prediction (arXiv:2303.09556), e.g. 5. None: no weights."""
     flow_weighting: FlowWeighting = "logit-normal"
@@ -124,23 +169,30 @@ class LoraOptions:
     """Go on from the newest checkpoint in OUTPUT."""
     validate_every: int = 0
     """Steps between validations; the last step has one too. 0: none."""
+    source: Annotated[BaseSource, tyro.conf.arg(name="")] = BaseSource()
+    publishing: Annotated[Publishing, tyro.conf.arg(name="")] = Publishing()
 
     def __post_init__(self) -> None:
         for name in ("rank", "steps", "batch_size", "gradient_accumulation_steps", "checkpoints_total_limit"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("text_rank", "prior_pictures", "prior_weight", "seed", "checkpoint_every", "validate_every"):
+        least_zero = ("text_rank", "prior_pictures", "prior_weight", "seed", "checkpoint_every", "validate_every")
+        for name in (*least_zero, "warmup_steps", "weight_decay", "noise_offset"):
             require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "0 or more")
-        for name in ("learning_rate", "text_learning_rate", "token_learning_rate"):
+        for name in RATES:
             rate = getattr(self, name)
             require(rate is None or 0 < rate < 1, name, rate, "between 0 and 1")
-        for name in ("alpha", "min_snr_gamma", "logit_std"):
+        for name in ("alpha", "min_snr_gamma", "logit_std", "max_gradient_norm"):
             value = getattr(self, name)
             require(value is None or value > 0, name, value, "above 0")
-        for name in ("dropout", "ema_decay"):
+        for name in ("dropout", "caption_dropout", "ema_decay"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         require(0 <= self.background_weight <= 1, "background_weight", self.background_weight, "in [0, 1]")
         require(self.prior_guidance_scale >= 1, "prior_guidance_scale", self.prior_guidance_scale, "at least 1")
         require(self.resolution is None or self.resolution >= 8, "resolution", self.resolution, "at least 8 pixels")
+        guidance = self.distilled_guidance
+        require(guidance is None or guidance >= 0, "distilled_guidance", guidance, "0 or more")
+        warmup = self.warmup_steps or 0
+        require(warmup < self.steps, "warmup_steps", warmup, f"below --steps {self.steps}")
         require(self.token in self.prompt.split(), "prompt", self.prompt, f"a text with the word {self.token!r}")
         if bool(self.prior_pictures) != bool(self.class_prompts):
             raise InputError(
@@ -170,6 +222,11 @@ class LoraOptions:
             require(self.token in prompt.split(), "reward_prompts", prompt, f"a text with the word {self.token!r}")
 
     @property
+    def warmup(self) -> int:
+        """Optimizer steps of the warm-up."""
+        return max(1, self.steps // 20) if self.warmup_steps is None else self.warmup_steps
+
+    @property
     def texts_of_reward(self) -> tuple[str, ...]:
         """Texts to be encoded for the rewarded pictures, besides those of the training pictures."""
         if not self.reward_weight:
@@ -186,6 +243,14 @@ class LoraOptions:
         """What the LoRA calls the subject: the prompt from its token on, e.g. "sks dog"."""
         words = self.prompt.split()
         return " ".join(words[words.index(self.token) :])
+
+
+def flat(options: Any) -> dict[str, Any]:
+    """Every option by its flag's name, those of groups among the rest."""
+    told: dict[str, Any] = {}
+    for name, value in asdict(options).items():
+        told |= value if isinstance(value, dict) else {name: value}
+    return told
 
 
 def require(condition: bool, field: str, value: object, wanted: str) -> None:

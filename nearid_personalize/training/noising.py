@@ -109,6 +109,8 @@ def noising_of(scheduler: Any, options: LoraOptions) -> Noising:
     if kind == "flow_prediction":
         if options.min_snr_gamma is not None:
             raise InputError("--min-snr-gamma: this base model predicts flow; use --flow-weighting instead")
+        if options.noise_offset:
+            raise InputError(f"--noise-offset {options.noise_offset}: this base model predicts flow; give 0")
         return partial(
             flow_noising,
             weighting=options.flow_weighting,

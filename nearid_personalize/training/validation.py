@@ -72,7 +72,8 @@ class ValidationOptions:
     validation_model: str | None = None
     """NearID model that scores identity: folder, Hub id, or "miniworld". None: the trainer chooses by base model."""
     text_image_model: str | None = None
-    """SigLIP or CLIP that scores adherence: folder, Hub id, or "miniworld". None: not measured for real models."""
+    """SigLIP or CLIP that scores adherence: folder, Hub id, or "miniworld". None: a well-known one if the Hub cache has
+    it; else adherence is not measured and has no floor."""
     validation_prompts: tuple[str, ...] = ()
     """Prompts to draw, with the token; some of them where the budget is small. None given: a default set."""
     living: bool = True

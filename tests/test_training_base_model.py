@@ -1,0 +1,136 @@
+"""Base models from folders, variants and single files, and the learning rates that suit them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_pipelines
+import torch
+from diffusers import StableDiffusionPipeline
+from original_layout import original_layout
+from safetensors.torch import save_file
+
+from nearid_personalize.errors import InputError
+from nearid_personalize.training.adapters import add_adapters, parameter_groups
+from nearid_personalize.training.base_model import RECOMMENDED, load_base_model
+from nearid_personalize.training.families import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL
+from nearid_personalize.training.lora_options import BaseSource, LoraOptions
+
+UNUSED = {"references": Path(), "output": Path()}
+
+
+def load(base_model: object, **more: object):
+    return load_base_model(LoraOptions(base_model=str(base_model), **UNUSED, **more), torch.float32)
+
+
+def rates(family, **told: float) -> list[float]:
+    options = LoraOptions(base_model="", **UNUSED, text_rank=2, rank=2, **told)
+    return [group["lr"] for group in parameter_groups(add_adapters(family, options), options)]
+
+
+# --- learning rates --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "family", "expected"),
+    [
+        (tiny_pipelines.sd, StableDiffusion, [1e-4, 1e-5, 5e-4]),
+        (tiny_pipelines.sdxl, StableDiffusionXL, [1e-4, 5e-6, 5e-4]),
+        (tiny_pipelines.sd3, StableDiffusion3, [1e-4, 5e-6, 5e-4]),
+        (tiny_pipelines.flux, Flux, [1e-4, 5e-6, 5e-4]),
+    ],
+)
+def test_rates_are_those_in_common_use_unless_told(build, family, expected):
+    assert rates(family(build()[0])) == expected
+    told = {"learning_rate": 0.1, "text_learning_rate": 0.2, "token_learning_rate": 0.3}
+    assert rates(family(build()[0]), **told) == [0.1, 0.2, 0.3]
+
+
+def test_a_base_models_folder_may_ask_for_rates(tiny_kl_pipeline_dir, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_kl_pipeline_dir, folder)
+    (folder / RECOMMENDED).write_text('{"learning_rate": 0.02, "token_learning_rate": 0.03}')
+    assert rates(load(folder)) == [0.02, 1e-5, 0.03]
+    assert rates(load(folder), learning_rate=0.5) == [0.5, 1e-5, 0.03]
+    for wrong in ("{", "[1]", '{"rate": 0.1}', '{"learning_rate": 7}', '{"learning_rate": "much"}'):
+        (folder / RECOMMENDED).write_text(wrong)
+        with pytest.raises(InputError, match=RECOMMENDED) as error:
+            load(folder)
+        assert "\n" not in str(error.value)
+
+
+def test_the_mini_world_keeps_the_rates_it_was_tuned_with():
+    assert rates(load("miniworld")) == [1e-3, 5e-4, 5e-3]
+
+
+# --- which files -----------------------------------------------------------------------------------------------------
+
+
+def test_a_variant_is_read_when_it_is_named(tiny_kl_pipeline_dir, tmp_path):
+    StableDiffusionPipeline.from_pretrained(tiny_kl_pipeline_dir).save_pretrained(tmp_path / "base", variant="fp16")
+    with pytest.raises(InputError, match="--base-model"):
+        load(tmp_path / "base")
+    with pytest.raises(InputError, match="--variant fp8"):
+        load(tmp_path / "base", source=BaseSource(variant="fp8"))
+    assert load(tmp_path / "base", source=BaseSource(variant="fp16")).pipe.unet.dtype == torch.float32
+
+
+def configuration(folder: Path, target: Path) -> Path:
+    """A pipeline's folder without its weights."""
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    return target
+
+
+def test_one_file_in_the_authors_layout_is_the_same_model(tiny_kl_pipeline_dir, tmp_path):
+    expected = StableDiffusionPipeline.from_pretrained(tiny_kl_pipeline_dir)
+    file = tmp_path / "model.safetensors"
+    save_file(original_layout(expected), file)
+    config = configuration(tiny_kl_pipeline_dir, tmp_path / "config")
+    family = load_base_model(
+        LoraOptions(base_model=str(file), **UNUSED, source=BaseSource(base_config=str(config))), torch.bfloat16
+    )
+    assert isinstance(family, StableDiffusion)
+    assert (family.pipe.unet.dtype, family.pipe.vae.dtype) == (torch.bfloat16, torch.float32)
+    for name in ("unet", "vae", "text_encoder"):
+        weights = getattr(family.pipe, name).state_dict()
+        for key, tensor in getattr(expected, name).state_dict().items():
+            assert torch.equal(weights[key], tensor.to(weights[key].dtype)), f"{name} {key}"
+
+
+def test_a_single_file_that_cannot_be_read_is_refused(tiny_kl_pipeline_dir, tmp_path):
+    config = configuration(tiny_kl_pipeline_dir, tmp_path / "config")
+    pickle, damaged, other = tmp_path / "model.ckpt", tmp_path / "damaged.safetensors", tmp_path / "other.safetensors"
+    pickle.write_bytes(b"x")
+    damaged.write_bytes(b"x" * 100)
+    save_file({"weight": torch.ones(2)}, other)
+    for file, words in ((pickle, "only .safetensors"), (damaged, "damaged.safetensors"), (other, "other.safetensors")):
+        with pytest.raises(InputError, match=words) as error:
+            load(file, source=BaseSource(base_config=str(config)))
+        assert "\n" not in str(error.value) and "--base-model" in str(error.value)
+
+
+def test_a_single_file_whose_configuration_is_nowhere_says_what_to_give(tiny_kl_pipeline_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    file = tmp_path / "model.safetensors"
+    save_file(original_layout(StableDiffusionPipeline.from_pretrained(tiny_kl_pipeline_dir)), file)
+    with pytest.raises(InputError, match="--base-config") as error:
+        load(file)
+    assert "\n" not in str(error.value)
+
+
+# --- guidance --------------------------------------------------------------------------------------------------------
+
+
+def test_a_guidance_distilled_transformer_is_told_its_guidance(tmp_path):
+    pipe, _ = tiny_pipelines.flux()
+    pipe.save_pretrained(tmp_path / "flux")
+    for told, expected in ((None, 1.0), (3.5, 3.5)):
+        family = load(tmp_path / "flux", distilled_guidance=told)
+        assert family.told_guidance(torch.tensor([10.0, 20.0])).tolist() == [expected] * 2
+    assert Flux(tiny_pipelines.flux(guidance_embeds=False)[0]).told_guidance(torch.ones(1)) is None
+
+
+def test_guidance_is_refused_where_none_was_distilled(tiny_kl_pipeline_dir):
+    with pytest.raises(InputError, match="--distilled-guidance"):
+        load(tiny_kl_pipeline_dir, distilled_guidance=3.5)
