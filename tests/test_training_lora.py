@@ -325,12 +325,6 @@ def test_optional_optimizers_train(optimizer, package, options):
     assert any(not torch.equal(weights[name], tensor) for name, tensor in start.items())
 
 
-def test_learning_rate_warms_up_and_decays():
-    factors = [lora.learning_rate_factor(step, 100) for step in range(100)]
-    assert factors[0] == 0.2 and max(factors) == factors[5] == 1.0
-    assert factors[5:] == sorted(factors[5:], reverse=True) and 0 < factors[-1] < 0.01
-
-
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
