@@ -184,11 +184,11 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             damage = damaged.get(path.name)
             etag = hashlib.sha1(content).hexdigest()
             served = content[: len(content) // 2] if damage == "truncated" and self.command == "GET" else content
-            start = _range_start(self.headers.get("Range"))
+            start, end = _range(self.headers.get("Range"))
+            part = served[start or 0 : end]
             self.send_response(200 if start is None else 206)
             if start is not None:
-                self.send_header("Content-Range", f"bytes {start}-{len(served) - 1}/{len(served)}")
-            part = served[start or 0 :]
+                self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(served)}")
             self.send_header("ETag", f'"{etag}"')
             self.send_header("X-Repo-Commit", commit)
             self.send_header("Accept-Ranges", "bytes")
@@ -237,6 +237,9 @@ def _asked_paths(body: bytes) -> list[str]:
     return [paths] if isinstance(paths, str) else paths
 
 
-def _range_start(header: str | None) -> int | None:
-    """The first byte of `bytes=N-M`; None: no range asked for."""
-    return int(header.removeprefix("bytes=").split("-")[0]) if header else None
+def _range(header: str | None) -> tuple[int | None, int | None]:
+    """First byte and the one after the last of `bytes=N-M` or `bytes=N-`; None: no range asked for, or to the end."""
+    if not header:
+        return None, None
+    first, last = header.removeprefix("bytes=").split("-")
+    return int(first), int(last) + 1 if last else None

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -11,18 +13,25 @@ import numpy as np
 import pytest
 import torch
 from conftest import checkered
+from hub_server import HubServer
 from PIL import Image
 from test_cli import nearid
 from torch import Tensor
 
 from nearid_personalize import metrics
 from nearid_personalize.checkpoints import save_head
-from nearid_personalize.data.benchmarks import NEARID, load_rated_pictures
+from nearid_personalize.data import benchmarks
+from nearid_personalize.data.benchmarks import NEARID, TABLE_SOURCES, load_rated_pictures
 from nearid_personalize.encoder import NearIDModel, load_encoder
 from nearid_personalize.errors import InputError
 from nearid_personalize.evaluation import measure_agreement, measure_sources
 
 datasets = pytest.importorskip("datasets")
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
+from fsspec.implementations.local import LocalFileSystem  # noqa: E402
+
+from nearid_personalize.data.parts import copy_rows  # noqa: E402
 
 ENCODERS = ["encoder", "frozen trunk", "frozen trunk, mean token"]
 SIDE = 40
@@ -83,7 +92,7 @@ def write_parquet(path: Path, columns: dict[str, list]) -> Path:
     """A parquet file as the Hub holds it: numbers, text and pictures."""
     kinds = {}
     for name, cells in columns.items():
-        sample = next(cell for cell in cells if cell is not None)
+        sample = next((cell for cell in cells if cell is not None), {})
         kinds[name] = (
             datasets.Image() if isinstance(sample, dict) else datasets.Value({int: "int64"}.get(type(sample), "string"))
         )
@@ -244,21 +253,91 @@ def test_table_prints_percent_its_counts_and_what_intervals_are_of(
     assert lines[-1] == "[low, high]: 95 % bootstrap intervals over identities, 2000 resamples"
 
 
-def test_the_hubs_own_data_bring_the_seven_sources_of_the_paper(capsys: pytest.CaptureFixture[str]):
-    assert nearid("evaluate", "--benchmark", "nearid", "--data", "Aleksandar/NearID-nothing") == 2
-    assert_last_line(capsys, "Aleksandar/NearID-nothing")
-    from nearid_personalize.data import benchmarks
+def published_sets(home: Path, names: list[str]) -> None:
+    """NearID's sets at their true length, in two files each; only the last 500 rows have pictures, 12 distinct ones."""
+    cells = [encoded(checkered(seed, 16)) for seed in range(12)]
+    empty = [None] * 18_886
+    for number, name in enumerate(names):
+        prefix = "images" if name == "NearID" else "nimg"
+        columns = {"id": list(range(19_386))}
+        for slot in (1, 2):
+            columns[f"{prefix}{slot}"] = [*empty, *(cells[(row * (number + 1) + slot) % 12] for row in range(500))]
+        if name == "NearID":
+            columns |= {"category": ["cup"] * 19_386, "split": ["train"] * 19_386}
+        for part, rows in enumerate((slice(0, 9_700), slice(9_700, None))):
+            file = home / name / f"data/train-0000{part}-of-00002.parquet"
+            write_parquet(file, {column: values[rows] for column, values in columns.items()})
 
+
+RUN_TWO = """
+import sys
+from nearid_personalize.cli import main
+for flags in sys.argv[1].split(";"):
+    try:
+        main([*sys.argv[2:], *flags.split()])
+    except SystemExit as done:
+        print(f"exit {done.code}", flush=True)
+"""
+
+
+def run_with(hub: HubServer, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A Python process that knows no hub but ours."""
+    environment = hub.environment(home, PYTHONPATH=str(Path(__file__).parents[1]))
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+
+
+def test_of_the_hubs_own_data_the_test_rows_alone_are_fetched_and_only_once(
+    hub: HubServer, tiny_nearid_dir: Path, tmp_path: Path
+):
+    names = ["NearID", "NearID-Flux", "NearID-SDXL"]
+    published_sets(tmp_path / "sets", names)
+    for name in names:
+        hub.publish(f"Aleksandar/{name}", tmp_path / "sets" / name, "datasets")
+    flags = ["evaluate", "--benchmark", "nearid", "--data", NEARID, "--model", str(tiny_nearid_dir)]
+    flags += ["--distractors", *(f"Aleksandar/{name}" for name in names[1:])]
+    first = run_with(hub, tmp_path / "home", "-c", RUN_TWO, f"--json --out {tmp_path / 'out'}", *flags)
+    assert first.stdout.endswith("exit 0\n"), first.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [result["source"] for result in report["results"]] == ["Flux", "SDXL", "pooled"] * 2
+    assert report["results"][2]["num_identities"] == 500 and report["results"][2]["num_samples"] == 1000
+
+    hub.stop()
+    again = run_with(hub, tmp_path / "home", "-c", RUN_TWO, "--limit 5;--split val", *flags)
+    assert "plan: 5 identities" in again.stdout and again.stdout.count("exit 0") == 1, again.stderr
+    assert again.stdout.endswith("exit 2\n") and "Traceback" not in again.stderr
+    assert again.stderr.strip().splitlines()[-1].startswith(f"error: {NEARID}: the Hub cannot be reached")
+
+
+def test_without_named_sets_the_hubs_own_data_bring_the_seven_of_the_papers_table(monkeypatch: pytest.MonkeyPatch):
     asked: list[str] = []
 
-    def load(data, distractors, split, hash_splits):
-        asked.extend(map(str, distractors))
-        raise InputError("stop")
+    def fetched(repository: str, *_: object) -> Path:
+        asked.append(repository)
+        return Path("nowhere") / repository
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="stop"):
-        patch.setattr(benchmarks, "load_rows", load)
+    monkeypatch.setattr(benchmarks, "_published", fetched)
+    with pytest.raises(InputError, match="nowhere/Aleksandar/NearID"):
         benchmarks.nearid_rows(NEARID)
-    assert len(asked) == 7 and "Aleksandar/NearID-Flux" in asked and "Aleksandar/NearID-FluxC" not in asked
+    assert asked == [NEARID, *(f"{NEARID}-{source}" for source in TABLE_SOURCES)]
+
+
+def test_rows_are_copied_by_position_and_no_other_group_of_rows_is_read(tmp_path: Path):
+    paths = []
+    for number, count in enumerate((25, 10, 30)):
+        first = (0, 25, 35)[number]
+        table = pyarrow.table(
+            {"id": range(first, first + count), "split": ["train"] * count, "x": [b"x" * 4000] * count}
+        )
+        paths.append(str(tmp_path / f"{number}.parquet"))
+        pyarrow.parquet.write_table(table, paths[-1], row_group_size=10)
+    files = LocalFileSystem()
+    for start, stop in ((0, 65), (18, 23), (24, 36), (33, 61), (60, 65)):
+        copy_rows(files, paths, start, stop, tmp_path / "out" / "part.parquet", expected_rows=65)
+        copied = pyarrow.parquet.read_table(tmp_path / "out" / "part.parquet")
+        assert copied["id"].to_pylist() == list(range(start, stop)) and copied.column_names == ["id", "x"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["part.parquet"]
+    with pytest.raises(InputError, match="65 rows, where 64 were published"):
+        copy_rows(files, paths, 0, 5, tmp_path / "out" / "part.parquet", expected_rows=64)
 
 
 # --- Mind-the-Glitch -------------------------------------------------------------------------------------------------

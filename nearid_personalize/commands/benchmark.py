@@ -87,7 +87,7 @@ def load_benchmark(options: Evaluate) -> Rows | RatedPictures:
     if options.benchmark == "mtg":
         rows = part_edit_rows(options.data, split, options.hash_splits)
     else:
-        rows = nearid_rows(options.data, options.distractors, split, options.hash_splits)
+        rows = nearid_rows(options.data, options.distractors, split, options.hash_splits, show=not options.json)
     return rows[: options.limit] if options.limit else rows
 
 

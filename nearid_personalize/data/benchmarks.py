@@ -18,10 +18,9 @@ from pathlib import Path
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import IMAGE_SUFFIXES
 
-from .rows import Rows
+from .rows import NEARID, NEARID_SPLITS, Rows
 from .sources import load_rows
 
-NEARID = "Aleksandar/NearID"
 MTG = "abdo-eldesokey/mtg-dataset"
 TABLE_SOURCES = ("Flux", "Flux_1024", "PowerPaint", "Qwen", "Qwen_1328", "SDXL", "SDXL_1024")
 """The seven sets of distractors that the paper's table pools; FluxC and FluxC_1024 are published and not in it."""
@@ -40,20 +39,40 @@ def nearid_rows(
     distractors: Sequence[str | Path] = (),
     split: str | None = "test",
     hash_splits: bool = False,
+    show: bool = False,
 ) -> Rows:
     """The rows of the NearID benchmark: views and, joined by id, the distractors of each source.
 
-    The Hub's own data get the seven sources of the paper's table where none are named.
+    The Hub's own data get the seven sources of the paper's table where none are named. Of its val and test split only
+    the rows of that split are fetched.
 
     Raises:
         InputError: as `load_rows`; no distractors.
     """
-    if str(data) == NEARID and not distractors:
-        distractors = [f"{NEARID}-{name}" for name in TABLE_SOURCES]
+    if str(data) == NEARID:
+        sets = [str(place) for place in distractors] or [f"{NEARID}-{name}" for name in TABLE_SOURCES]
+        if split in ("val", "test") and all(place.startswith(f"{NEARID}-") for place in sets):
+            data, *distractors = [_published(place, split, show) for place in (NEARID, *sets)]
+        else:
+            distractors = sets
     rows = load_rows(data, distractors, split, hash_splits)
     if not rows.sources:
         raise InputError(f"{data}: no distractors to tell the identities from; name sets with --distractors")
     return rows
+
+
+def _published(repository: str, split: str, show: bool) -> Path:
+    """The rows of one split of a published set of NearID: splits are positions, in the order of `NEARID_SPLITS`."""
+    try:
+        from .parts import published_part
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"reading tables of pictures needs {error.name}; pip install 'nearid-personalize[train]'"
+        ) from None
+    names = list(NEARID_SPLITS)
+    start = sum(NEARID_SPLITS[name] for name in names[: names.index(split)])
+    total = sum(NEARID_SPLITS.values())
+    return published_part(repository, split, start, start + NEARID_SPLITS[split], total, show)
 
 
 def part_edit_rows(data: str | Path, split: str | None = "test", hash_splits: bool = False) -> Rows:

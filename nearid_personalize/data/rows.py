@@ -25,6 +25,10 @@ Slots: TypeAlias = tuple[Picture | None, ...]
 
 SPLITS = ("train", "val", "test")
 
+NEARID = "Aleksandar/NearID"
+NEARID_SPLITS = {"train": 18_786, "val": 100, "test": 500}
+"""The published splits are row positions, in this order; the Hub stores all of them as "train"."""
+
 
 @dataclass(frozen=True, eq=False)
 class Row:

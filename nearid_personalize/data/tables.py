@@ -19,11 +19,7 @@ from nearid_personalize.errors import InputError
 from nearid_personalize.hub import HUB_ERRORS, download_fault, split_revision
 from nearid_personalize.images import ImageSource
 
-from .rows import Picture, Row, Rows, RowStream, Slots, file_versions, refuse_repeated
-
-NEARID = "Aleksandar/NearID"
-NEARID_SPLITS = {"train": 18_786, "val": 100, "test": 500}
-"""The published splits are row positions, in this order; the Hub stores all of them as "train"."""
+from .rows import NEARID, NEARID_SPLITS, Picture, Row, Rows, RowStream, Slots, file_versions, refuse_repeated
 
 _SPLIT_NAMES = {"train": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val", "test": "test"}
 _UNSPLIT = "unsplit"  # the part of files whose names tell no split
