@@ -13,6 +13,7 @@ from nearid_personalize.training.validation_plan import (
     Wanted,
     asked_steps,
     describe,
+    duration,
     evenly,
     ever_less,
     least_before,
@@ -125,6 +126,10 @@ def test_the_plan_says_when_and_how_much_and_what_it_defeats():
     lines = describe(plan_validations(wanted, MINI_WORLD), wanted).splitlines()
     assert "base model and step 80, each" in lines[0] and "exceeds --validation-budget 0.1" in lines[1]
     assert "--patience 3 cannot end" in lines[2]
+
+
+def test_durations_are_told_in_units_that_fit():
+    assert [duration(seconds) for seconds in (0.423, 9.4, 95.2, 720)] == ["0.42 s", "9.4 s", "95 s", "12 min"]
 
 
 def test_a_plan_survives_its_journal():

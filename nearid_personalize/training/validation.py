@@ -12,7 +12,6 @@ line that says so.
 """
 
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,14 +31,22 @@ from tqdm import tqdm
 from nearid_personalize.denoising import find_denoiser
 from nearid_personalize.errors import InputError
 from nearid_personalize.floors import TextImageEncoder
-from nearid_personalize.images import load_image, save_image, to_tensor, write_atomically
-from nearid_personalize.report import COLUMNS, Tile, contact_sheet, finite_or_none
+from nearid_personalize.report import finite_or_none
 from nearid_personalize.samples import SampleScores, default_prompts, draw_samples, measure_samples
 from nearid_personalize.scorer import IdentityScorer, Subject
 from nearid_personalize.training.cached import Picture, read_references
 from nearid_personalize.training.families import family_class
-from nearid_personalize.training.lora import WEIGHTS_NAME, Snapshot, read_metadata
+from nearid_personalize.training.lora import Snapshot, read_metadata
 from nearid_personalize.training.lora_options import LoraOptions, require
+from nearid_personalize.training.validation_files import (
+    BEST,
+    JOURNAL,
+    forget,
+    log_to_tensorboard,
+    open_tensorboard,
+    promote,
+    write_sheet,
+)
 from nearid_personalize.training.validation_plan import (
     Cost,
     ValidationPlan,
@@ -61,7 +68,6 @@ from nearid_personalize.training.validation_records import (
     verdict,
 )
 
-JOURNAL, BEST, LAST, PICTURES = "validation.jsonl", "best", "last", "validation"
 PROBE_STEPS = 2, 5  # denoising steps of the pictures that are timed before the run
 
 
@@ -325,7 +331,7 @@ class IdentityValidation:
             "validation_loss": snapshot.loss_on(self.loss_pictures),
             "refused": "",
         }
-        self.draw_sheet(images, scores, record, plan)
+        write_sheet(self.output, images, scores, record, plan, self.references)
         return record, began
 
     def draw(self, snapshot: Snapshot, plan: ValidationPlan) -> list[list[Any]]:
@@ -355,22 +361,6 @@ class IdentityValidation:
             photos = self.text_image.embed_images(self.references) @ self.text_image.embed_texts(texts).T
         return scores, float(photos.mean())
 
-    def draw_sheet(
-        self, images: Sequence[Sequence[Any]], scores: SampleScores, record: Record, plan: ValidationPlan
-    ) -> None:
-        """Write OUTPUT/validation/step-000100.png: the references, then a row of pictures per prompt."""
-        same = len(shared_beginning(plan.prompts))  # there is little room for names
-        tiles = []
-        for row, prompt in enumerate(plan.prompts):
-            for seed, image in enumerate(images[row]):
-                title, identity = f"seed {seed}: {prompt[same:]}", float(scores.identity[row, seed])
-                tiles.append(Tile(image, title, identity, status_of(scores, row, seed)))
-        title = f"{headline(record)}; threshold {self.subject.threshold:.3f}"
-        columns = len(images[0]) * max(1, COLUMNS // len(images[0]))  # the seeds of a prompt beside each other
-        sheet = contact_sheet(self.references, tiles, title, self.subject.threshold, columns, "Prompt by prompt")
-        (self.output / PICTURES).mkdir(parents=True, exist_ok=True)
-        save_image(sheet, self.output / PICTURES / f"step-{record['step']:06d}.png")
-
     def told(self, record: Record) -> dict[str, Any]:
         """What travels in the kept file's metadata."""
         names = ("step", "identity", "leave_one_out", "threshold", "accept_rate", "copy_rate", "adherence", "diversity")
@@ -386,7 +376,7 @@ class IdentityValidation:
         stands = verdict(record, self.journal.records)
         say(headline(record) + (f"; {stands}" if stands else ""))
         if self.writer:
-            log_to_tensorboard(self.writer, record, self.output / PICTURES)
+            log_to_tensorboard(self.writer, record, self.output)
 
     # --- after the last
 
@@ -423,20 +413,6 @@ class IdentityValidation:
 def say(line: str) -> None:
     """A line on stderr that leaves progress bars whole."""
     tqdm.write(line, file=sys.stderr)
-
-
-def status_of(scores: SampleScores, row: int, seed: int) -> str:
-    """What the sheet says of a picture."""
-    if scores.copied[row, seed]:
-        return "copy"
-    return "accepted" if scores.accepted[row, seed] else "rejected"
-
-
-def shared_beginning(prompts: Sequence[str]) -> str:
-    """The words that all prompts begin with; "" for a lone one."""
-    words = [prompt.split(" ") for prompt in prompts]
-    same = next((n for n, column in enumerate(zip(*words)) if len(set(column)) > 1), 0)
-    return "".join(word + " " for word in words[0][:same])
 
 
 def check_comparable(records: Sequence[Record], now: Mapping[str, Any]) -> None:
@@ -486,35 +462,3 @@ def read_loss_pictures(options: LoraOptions, validation: ValidationOptions) -> l
     if folder is None:
         return read_references(options)
     return read_references(replace(options, references=folder, masks=None, background_weight=1.0))
-
-
-def forget(output: Path) -> None:
-    """Remove what an earlier run's validation left."""
-    (output / JOURNAL).unlink(missing_ok=True)
-    for folder in (BEST, LAST, PICTURES):
-        shutil.rmtree(output / folder, ignore_errors=True)
-
-
-def promote(output: Path) -> None:
-    """Make OUTPUT/best the file of OUTPUT, and what was there OUTPUT/last; at every moment OUTPUT holds a whole one."""
-    (output / LAST).mkdir(exist_ok=True)
-    write_atomically(output / LAST / WEIGHTS_NAME, (output / WEIGHTS_NAME).read_bytes())
-    write_atomically(output / WEIGHTS_NAME, (output / BEST / WEIGHTS_NAME).read_bytes())
-
-
-def open_tensorboard(output: Path) -> Any:
-    """A writer of event files."""
-    from torch.utils.tensorboard import SummaryWriter  # an extra
-
-    return SummaryWriter(str(output / "tensorboard"))
-
-
-def log_to_tensorboard(writer: Any, record: Mapping[str, Any], pictures: Path) -> None:
-    """Write the figures of a record, and its sheet."""
-    names = ("identity", "leave_one_out", "accept_rate", "copy_rate", "adherence", "diversity", "validation_loss")
-    for name in names:
-        if record[name] is not None:
-            writer.add_scalar(f"validation/{name}", record[name], record["step"])
-    sheet = to_tensor([load_image(pictures / f"step-{record['step']:06d}.png")])[0]
-    writer.add_image("validation/samples", sheet, record["step"])
-    writer.flush()

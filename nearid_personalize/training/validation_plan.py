@@ -210,6 +210,13 @@ def listed(steps: Sequence[int]) -> str:
     return "steps " + ", ".join(shown if len(shown) <= 4 else [*shown[:2], "…", shown[-1]])
 
 
+def duration(seconds: float) -> str:
+    """For example "0.42 s", "95 s", "12 min"."""
+    if seconds >= 180:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+
+
 def describe(plan: ValidationPlan, wanted: Wanted) -> str:
     """The plan in a line or two: when and how much is drawn, what it costs, and which option that defeats."""
     pictures = [
@@ -220,7 +227,7 @@ def describe(plan: ValidationPlan, wanted: Wanted) -> str:
     fewer = "" if len(plan.steps) == len(wanted.steps) else f" ({len(plan.steps)} of the {len(wanted.steps)} asked for)"
     budget = f"--validation-budget {wanted.budget:g}"
     text = f"validation: base model and {listed(plan.steps)}{fewer}, each {' × '.join(pictures)}"
-    text += f"; about {plan.seconds:.2g} s each, {plan.share:.0%} of the run ({budget})"
+    text += f"; about {duration(plan.seconds)} each, {plan.share:.0%} of the run ({budget})"
     if plan.share > wanted.budget:
         text += (
             f"\nvalidation: the smallest that can be compared exceeds {budget}; the last step is measured all the same"
