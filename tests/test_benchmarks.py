@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nearid_personalize import metrics
 from nearid_personalize.checkpoints import save_head
+from nearid_personalize.cli import parse
 from nearid_personalize.data import benchmarks
 from nearid_personalize.data.benchmarks import NEARID, TABLE_SOURCES, load_rated_pictures
 from nearid_personalize.encoder import NearIDModel, load_encoder
@@ -702,3 +703,11 @@ def test_another_trunk_is_measured_by_itself(
     assert both["results"][6:] != alone["results"][3:]  # the other trunk's mean token, not the encoder's
     assert nearid("evaluate", *flags, "--trunk", "nowhere") == 2
     assert_last_line(capsys, "nowhere")
+
+
+def test_the_commands_of_the_guide_are_commands():
+    guide = (Path(__file__).parents[1] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    commands = [line.split()[1:] for line in guide.splitlines() if line.startswith("nearid evaluate")]
+    parsed = [parse(command) for command in commands]
+    assert [command.benchmark for command in parsed] == ["nearid", "mtg", "dreambench++"]
+    assert [command.data for command in parsed] == [NEARID, benchmarks.MTG, "dreambench_plus"]
