@@ -3,6 +3,8 @@
 Three kinds of picture whose truth is known: real renders, the same through the text-to-image model's autoencoder, and
 samples of the base model from captions that name every attribute. On the last the "truth" is the caption, so a miss is
 the judge's or the model's; the figure is a lower bound on the judge and an upper bound on neither.
+
+Every picture shows another subject, so resampling pictures, as the 95 % intervals do, is resampling subjects.
 """
 
 from collections import Counter
@@ -14,7 +16,7 @@ import tyro
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from nearid_personalize.metrics import bootstrap_interval
+from nearid_personalize.metrics import bootstrap_interval, wilson_interval
 from nearid_personalize.miniworld import caption, picture, weights_dir
 from nearid_personalize.miniworld.judge import Judgement, judge
 
@@ -32,14 +34,15 @@ class Options:
 
 
 def report(kind: str, verdicts: list[Judgement]) -> None:
-    """Print mean agreement, the share with nothing wrong, and what is wrong how often."""
+    """Print mean agreement, the share with nothing wrong, and what is wrong how often; one picture a subject."""
     agreement = torch.tensor([verdict.agreement for verdict in verdicts])
     perfect = torch.tensor([float(not verdict.wrong) for verdict in verdicts])
     wrong = Counter(name for verdict in verdicts for name in verdict.wrong)
-    low, high = bootstrap_interval(agreement, torch.mean)
+    low, high = bootstrap_interval(agreement)
+    low_perfect, high_perfect = wilson_interval(int(perfect.sum()), len(perfect))
     print(
-        f"{kind:16} n {len(verdicts)}  attributes right {agreement.mean():.3f} [{low:.3f}, {high:.3f}]  "
-        f"all right {perfect.mean():.3f}  wrong {dict(wrong.most_common())}",
+        f"{kind:16} n {len(verdicts)} subjects  attributes right {agreement.mean():.3f} [{low:.3f}, {high:.3f}]  "
+        f"all right {perfect.mean():.3f} [{low_perfect:.3f}, {high_perfect:.3f}]  wrong {dict(wrong.most_common())}",
         flush=True,
     )
 

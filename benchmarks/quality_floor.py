@@ -3,16 +3,18 @@
 Quality: good and bad pictures of test subjects, by kind; kinds named by `--left-out` are measured on validation
 subjects by a probe that never saw that kind. Copies: altered references must be found, other pictures not. Adherence:
 pictures that show the prompt, and the same subjects elsewhere. Candidates that `drawn.py` has drawn, where
-`--drawn` has them, are good pictures, copy nothing, and show their prompt and not the other. 95 % Wilson intervals.
+`--drawn` has them, are good pictures, copy nothing, and show their prompt and not the other.
+
+Intervals are 95 %. Where subjects have several pictures, subjects are resampled, and the line says of how many. Damaged
+pictures are the exception: each is made of a good one drawn at random, and pictures are the unit.
 """
 
 import io
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import NormalDist
 from typing import Annotated
 
 import numpy as np
@@ -33,6 +35,7 @@ from nearid_personalize.floors import (
 )
 from nearid_personalize.images import list_images, load_image, save_image
 from nearid_personalize.loading import load_pipeline
+from nearid_personalize.metrics import share_interval, wilson_interval
 from nearid_personalize.miniworld import CONTEXTS, Pet, Split, photos, render, sample_pet, sample_view, weights_dir
 from nearid_personalize.training.quality import (
     QualityOptions,
@@ -69,28 +72,55 @@ class Options:
     """PNG to write examples of every kind to, passed and refused."""
 
 
-def wilson(errors: int, count: int) -> tuple[float, float]:
-    """95 % interval of a share (E. B. Wilson, 1927): sound also at 0 of n."""
-    z = NormalDist().inv_cdf(0.975)
-    share, spread = errors / count, z * z / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * (share * (1 - share) / count + spread / count / 4) ** 0.5 / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
+@dataclass
+class Errors:
+    """Pictures of one kind: whether each was judged wrongly, and its subject."""
+
+    wrong: list[bool] = field(default_factory=list)
+    subjects: list[Hashable] = field(default_factory=list)
+
+    def add(self, wrong: Iterable[bool], subject: Hashable) -> None:
+        """Pictures of one subject."""
+        for error in wrong:
+            self.wrong.append(error)
+            self.subjects.append(subject)
+
+    def report(self, what: str) -> None:
+        """One line: the share of errors, its interval over subjects, and of how many pictures and subjects it is."""
+        low, high = share_interval(self.wrong, self.subjects)
+        count, subjects = len(self.wrong), len(set(self.subjects))
+        share = sum(self.wrong) / count
+        print(f"  {what:34} {share:.3f} [{low:.3f}, {high:.3f}]  n {count} of {subjects} subjects", flush=True)
 
 
-def report(what: str, wrong: Sequence[bool]) -> None:
-    """One line: a share of errors."""
-    errors, count = sum(wrong), len(wrong)
-    low, high = wilson(errors, count)
-    print(f"  {what:34} {errors / count:.3f} [{low:.3f}, {high:.3f}]  n {count}", flush=True)
+def report_pictures(what: str, wrong: Sequence[bool]) -> None:
+    """As `Errors.report`, for pictures that are the unit themselves."""
+    low, high = wilson_interval(sum(wrong), len(wrong))
+    print(f"  {what:34} {sum(wrong) / len(wrong):.3f} [{low:.3f}, {high:.3f}]  n {len(wrong)} pictures", flush=True)
 
 
-def drawn_candidates(options: Options) -> Iterator[tuple[Pet, list[Image.Image], list[tuple[str, list[Image.Image]]]]]:
-    """Subject, references, and for each of two contexts the candidates that were drawn."""
+@dataclass(frozen=True)
+class Drawn:
+    """A subject's LoRA, what it learnt from and what it drew, by context."""
+
+    index: int
+    pet: Pet
+    references: list[Image.Image]
+    by_context: list[tuple[str, list[Image.Image]]]
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        """All that it drew."""
+        return [image for _, images in self.by_context for image in images]
+
+
+def drawn_candidates(options: Options) -> Iterator[Drawn]:
+    """What `drawn.py` left, subject by subject."""
     for path in sorted(options.drawn.glob("*.json")):
-        drawn = read(Drawing(options.drawn, split=options.split), int(path.stem))
-        by_context = [(p.context, [Image.fromarray(picture) for picture in p.pictures]) for p in drawn.prompts]
-        yield sample_pet(options.split, int(path.stem)), drawn.references, by_context
+        index = int(path.stem)
+        found = read(Drawing(options.drawn, split=options.split), index)
+        by_context = [(p.context, [Image.fromarray(picture) for picture in p.pictures]) for p in found.prompts]
+        yield Drawn(index, sample_pet(options.split, index), found.references, by_context)
 
 
 # --- quality ---------------------------------------------------------------------------------------------------------
@@ -109,16 +139,19 @@ def measure_quality(options: Options) -> None:
         floor.preprocessing.size,
         chosen,
     )
-    lora = [image for _, _, contexts in drawn_candidates(options) for _, images in contexts for image in images]
-    good |= {"drawn with a LoRA": lora} if lora else {}
     print(f"quality, threshold {floor.threshold:.2f}: good pictures refused")
     refused = {kind: [reason != "" for reason in floor.judge(images)] for kind, images in (good | bad).items()}
     for kind in good:
-        report(kind, refused[kind])
+        report_pictures(kind, refused[kind])  # each of another subject
+    by_lora = Errors()
+    for drawn in drawn_candidates(options):
+        by_lora.add([reason != "" for reason in floor.judge(drawn.pictures)], drawn.index)
+    if by_lora.wrong:
+        by_lora.report("drawn with a LoRA")
     print("quality: bad pictures passed")
     for kind in bad:
-        report(kind, [not r for r in refused[kind]])
-    report("all kinds", [not r for kind in bad for r in refused[kind]])
+        report_pictures(kind, [not r for r in refused[kind]])
+    report_pictures("all kinds", [not r for kind in bad for r in refused[kind]])
     if options.sheet:
         save_image(sheet(good | bad, refused), options.sheet)
 
@@ -145,7 +178,7 @@ def measure_left_out(options: Options) -> None:
         rates = measure(probe, val_good, {kind: val_bad[kind]}, 0.5, "")
         count = rates.num_bad[kind]
         errors = round(rates.miss[kind] * count)
-        report(kind, [True] * errors + [False] * (count - errors))
+        report_pictures(kind, [True] * errors + [False] * (count - errors))
 
 
 def sheet(pictures: dict[str, list[Image.Image]], refused: dict[str, list[bool]], count: int = 20) -> Image.Image:
@@ -201,13 +234,12 @@ ALTERATIONS: dict[str, Callable[[Image.Image, random.Random], Image.Image]] = {
 def measure_copies(options: Options) -> None:
     """Altered references must be found; other pictures of the subject, its places, and LoRA drawings must not."""
     vae = load_pipeline("miniworld", "cpu", torch.float32).vae
-    wrong: dict[str, list[bool]] = {}
+    errors: dict[str, Errors] = {}
 
-    def judge(kind: str, floor: CopyFloor, images: list[Image.Image], copies: bool) -> None:
-        reasons = floor.judge(images)
-        wrong.setdefault(f"{'miss' if copies else 'false alarm'}: {kind}", []).extend(
-            (reason == "") == copies for reason in reasons
-        )
+    def judge(kind: str, floor: CopyFloor, images: list[Image.Image], copies: bool, subject: Hashable) -> None:
+        name = f"{'miss' if copies else 'false alarm'}: {kind}"
+        wrong = [(reason == "") == copies for reason in floor.judge(images)]
+        errors.setdefault(name, Errors()).add(wrong, subject)
 
     for index in range(options.first_subject, options.first_subject + options.num_subjects):
         pet, other = sample_pet(options.split, index), sample_pet(options.split, index + options.num_subjects)
@@ -216,35 +248,36 @@ def measure_copies(options: Options) -> None:
         references = [Image.fromarray(shot.image) for shot, _ in shots[:4]]
         floor = CopyFloor.from_references(references)
         for kind, alter in ALTERATIONS.items():
-            judge(kind, floor, [alter(image, rng) for image in references], True)
+            judge(kind, floor, [alter(image, rng) for image in references], True, index)
         for level in (0.0, 0.3):
             pixels = torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in references]).float() / 255
             drawn = Reconstruction(vae, 1.0, level)(pixels, index)
             images = [Image.fromarray((p * 255).byte().permute(1, 2, 0).numpy()) for p in drawn]
-            judge(f"autoencoder, latent noise {level}", floor, images, True)
+            judge(f"autoencoder, latent noise {level}", floor, images, True, index)
         for kind, who, wide in (
             ("same place, wide view", pet, True),
             ("same place, modest view", pet, False),
             ("same place, another subject", other, False),
         ):
             images = [Image.fromarray(render(who, place, sample_view(rng, wide)).image) for _, place in shots[:4]]
-            judge(kind, floor, images, False)
-        judge("subject in other places", floor, [Image.fromarray(shot.image) for shot, _ in shots[4:]], False)
-    for _, references, contexts in drawn_candidates(options):
-        floor = CopyFloor.from_references(references)
-        judge("drawn with a LoRA", floor, [image for _, images in contexts for image in images], False)
+            judge(kind, floor, images, False, index)
+        judge("subject in other places", floor, [Image.fromarray(shot.image) for shot, _ in shots[4:]], False, index)
+    for drawn in drawn_candidates(options):
+        floor = CopyFloor.from_references(drawn.references)
+        judge("drawn with a LoRA", floor, drawn.pictures, False, drawn.index)
     for folder in sorted(options.real.iterdir()) if options.real else ():
         if folder.is_dir():
             shots_of_one = [load_image(path) for path in list_images(folder)]
             rng = random.Random(folder.name)
             for position, photo in enumerate(shots_of_one):
                 floor = CopyFloor.from_references([photo])
-                judge("real photos, altered", floor, [alter(photo, rng) for alter in ALTERATIONS.values()], True)
+                altered = [alter(photo, rng) for alter in ALTERATIONS.values()]
+                judge("real photos, altered", floor, altered, True, folder.name)
                 others = shots_of_one[:position] + shots_of_one[position + 1 :]
-                judge("real photos, others of the subject", floor, others, False)
+                judge("real photos, others of the subject", floor, others, False, folder.name)
     print(f"copies, limit {COPY_LIMIT}")
-    for kind, errors in wrong.items():
-        report(kind, errors)
+    for kind, found in errors.items():
+        found.report(kind)
 
 
 # --- adherence -------------------------------------------------------------------------------------------------------
@@ -253,9 +286,10 @@ def measure_copies(options: Options) -> None:
 def measure_adherence(options: Options) -> None:
     """Each picture with a prompt that it shows, and with a prompt of another place."""
     encoder = TextImageEncoder.from_pretrained("miniworld")
-    rivals = {"contrasting prompts": ([], []), "references": ([], []), "references, floor .1": ([], [])}
+    names = ("contrasting prompts", "references", "references, floor .1")
+    rivals = {name: (Errors(), Errors()) for name in names}
 
-    def judge(pet: Pet, place: str, references: list[Image.Image], showing: list, elsewhere: list) -> None:
+    def judge(index: int, pet: Pet, place: str, references: list[Image.Image], showing: list, elsewhere: list) -> None:
         contrasts = tuple(f"a photo of a {pet.category} in {other}" for other in CONTEXTS if other != place)
         embedded = encoder.embed_images(references)
         floors = (
@@ -265,21 +299,22 @@ def measure_adherence(options: Options) -> None:
         )
         for (refused, passed), floor in zip(rivals.values(), floors):
             reasons = floor.judge([*showing, *elsewhere], f"a photo of a {pet.category} in {place}")
-            refused += [reason != "" for reason in reasons[: len(showing)]]
-            passed += [reason == "" for reason in reasons[len(showing) :]]
+            refused.add([reason != "" for reason in reasons[: len(showing)]], index)
+            passed.add([reason == "" for reason in reasons[len(showing) :]], index)
 
     for index in range(options.first_subject, options.first_subject + options.num_subjects):
         pet = sample_pet(options.split, index)
         shots = [(Image.fromarray(shot.image), place) for shot, place in photos(pet, len(CONTEXTS))]
         references, (showing, place), elsewhere = shots[:4], shots[4], shots[5:]
-        judge(pet, place, [image for image, _ in references], [showing], [image for image, _ in elsewhere])
-    for pet, references, ((place, images), (other, others)) in drawn_candidates(options):
-        judge(pet, place, references, images, others)
-        judge(pet, other, references, others, images)
+        judge(index, pet, place, [image for image, _ in references], [showing], [image for image, _ in elsewhere])
+    for drawn in drawn_candidates(options):
+        (place, images), (other, others) = drawn.by_context
+        judge(drawn.index, drawn.pet, place, drawn.references, images, others)
+        judge(drawn.index, drawn.pet, other, drawn.references, others, images)
     for name, (refused, passed) in rivals.items():
         print(f"adherence, against {name}")
-        report("false alarm: shows the prompt", refused)
-        report("miss: shows another place", passed)
+        refused.report("false alarm: shows the prompt")
+        passed.report("miss: shows another place")
 
 
 def main(options: Options) -> None:

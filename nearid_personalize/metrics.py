@@ -5,7 +5,7 @@ shares and correlations come back as Python floats, NaN where nothing was measur
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -229,6 +229,32 @@ def bootstrap_sums(
 
 
 _RESAMPLES_AT_ONCE = 200
+
+
+def wilson_interval(hits: int, count: int) -> tuple[float, float]:
+    """95 % interval of a share, from `hits` of `count` >= 1 (E. B. Wilson, JASA 22, 1927); within [0, 1]."""
+    z = 1.959964  # the normal distribution's 97.5 % quantile
+    share, spread = hits / count, z**2 / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
+    return (max(middle - half, 0.0) if hits else 0.0), (min(middle + half, 1.0) if hits < count else 1.0)
+
+
+def share_interval(hits: Sequence[bool], subjects: Sequence[Hashable]) -> tuple[float, float]:
+    """95 % interval of a share of pictures, resampling their subjects: pictures of one subject err together.
+
+    hits, subjects: of each picture, whether it counts and whom it shows. Where all or none count, resampling shows no
+    spread: the interval is Wilson's, as if each subject were one picture.
+    """
+    if not hits or len(hits) != len(subjects):
+        raise ValueError(f"share_interval needs a subject for each of its pictures, got {len(hits)}, {len(subjects)}")
+    places = {subject: place for place, subject in enumerate(dict.fromkeys(subjects))}
+    if sum(hits) in (0, len(hits)):
+        return wilson_interval(len(places) if hits[0] else 0, len(places))
+    sums = torch.zeros(len(places), 2)  # hits and pictures of each subject
+    for hit, subject in zip(hits, subjects):
+        sums[places[subject]] += torch.tensor([float(hit), 1.0])
+    return bootstrap_sums(sums, lambda drawn: drawn[:, 0] / drawn[:, 1])
 
 
 def _float64(x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import write_atomically
+from nearid_personalize.metrics import wilson_interval
 from nearid_personalize.report import Tile, contact_sheet, finite_or_none, rounded, versions, write_report
 from nearid_personalize.samples import SampleScores, default_prompts, draw_samples, measure_samples
 
@@ -39,7 +40,6 @@ WITHOUT = "without a LoRA"
 THUMBNAIL = 288
 """Longest side of a picture in the report, pixels."""
 _STATE_FILES = ("adapters.safetensors", "model.safetensors", "optimizer.safetensors")  # of a trainer's own state
-_Z = 1.959964  # 95 %
 
 Interval: TypeAlias = tuple[float, float]
 
@@ -137,14 +137,6 @@ class Cell:
             values[name] = [finite_or_none(end) for end in getattr(self, name)]
         shots = [{k: v for k, v in asdict(shot).items() if k != "jpeg"} for shot in self.shots]
         return values | {"accepted": self.num_accepted, "adherence": self.adherence, "images": shots}
-
-
-def wilson_interval(hits: int, count: int) -> Interval:
-    """95 % interval of a share, from `hits` of `count` >= 1 (E. B. Wilson, JASA 22, 1927); within [0, 1]."""
-    share, spread = hits / count, _Z**2 / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
-    return (max(middle - half, 0.0) if hits else 0.0), (min(middle + half, 1.0) if hits < count else 1.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -251,3 +251,31 @@ def test_correlation_of_sums_of_a_constant_is_nothing():
     for pair in ((x, constant), (constant, x), (constant, constant), (x, torch.full((5,), float("nan")))):
         assert metrics.correlation_of_sums(metrics.correlation_sums(*pair)).isnan()
     assert metrics.correlation_of_sums(metrics.correlation_sums(x, -x)) == -1
+
+
+# --- shares of pictures
+
+
+def test_a_share_of_pictures_is_as_uncertain_as_its_subjects():
+    hits = [subject < 5 for subject in range(20) for _ in range(10)]
+    alike = metrics.share_interval(hits, [subject for subject in range(20) for _ in range(10)])
+    apart = metrics.share_interval(hits, range(200))
+    # The definition, slowly: subjects drawn with replacement bring all their pictures.
+    generator = torch.Generator().manual_seed(0)
+    shares = []
+    for _ in range(2000):
+        drawn = torch.randint(20, (20,), generator=generator).tolist()
+        pictures = [hit for subject in drawn for hit in hits[10 * subject : 10 * subject + 10]]
+        shares.append(sum(pictures) / len(pictures))
+    shares.sort()
+    assert alike == pytest.approx((shares[50], shares[-51]), abs=0.051)  # one subject's share
+    assert alike[1] - alike[0] > 2 * (apart[1] - apart[0])
+    assert alike[0] < 0.25 < alike[1] and apart[0] < 0.25 < apart[1]
+
+
+def test_where_none_or_all_count_the_interval_is_that_of_the_subjects():
+    subjects = [subject for subject in range(20) for _ in range(10)]
+    assert metrics.share_interval([False] * 200, subjects) == metrics.wilson_interval(0, 20)
+    assert metrics.share_interval([True] * 200, subjects) == metrics.wilson_interval(20, 20)
+    with pytest.raises(ValueError, match="subject for each"):
+        metrics.share_interval([True], [])
