@@ -406,7 +406,7 @@ def check_writable(folder: Path, flag: str = "--out") -> None:
 def write_atomically(path: str | Path, content: bytes | str) -> None:
     """Write a whole file or nothing: into a temporary file of the same folder, then renamed over `path`.
 
-    Text is written as UTF-8. Raises OSError as `open` does; `path` then is as it was.
+    Text is written as UTF-8. Raises OSError as `open` does, also when the disk is full; `path` then is as it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -416,6 +416,9 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        # Writing to an open file does not say which one it was.
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -39,6 +39,7 @@ _STATUS_COLOR: dict[str, Color] = {
     "stopped": (112, 116, 122),
     "duplicate": (190, 122, 0),
     "copy": (190, 122, 0),
+    UNREADABLE: (112, 116, 122),
 }
 _WARM, _HOT = np.array((255.0, 205.0, 60.0)), np.array((200.0, 20.0, 30.0))
 _PACKAGES = ("nearid-personalize", "torch", "transformers", "diffusers", "peft", "accelerate", "numpy", "pillow")
@@ -125,7 +126,8 @@ def _column(index: int) -> int:
 def _draw_legend(draw: ImageDraw.ImageDraw, corner: tuple[int, int], tiles: Sequence[Tile], threshold: float) -> None:
     left, top = corner
     statuses = [status for status in _STATUS_COLOR if any(tile.status == status for tile in tiles)]
-    _text(draw, (left, top), f"{len(tiles)} pictures scored", 18, _INK)
+    scored = sum(tile.status != UNREADABLE for tile in tiles)
+    _text(draw, (left, top), f"{scored} pictures scored", 18, _INK)
     for line, status in enumerate(statuses, start=1):
         count = sum(tile.status == status for tile in tiles)
         _draw_badge(draw, (left + 11, top + 28 * line + 12), status)

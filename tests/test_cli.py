@@ -325,6 +325,20 @@ def test_a_score_of_files_none_of_which_can_be_read_is_wrong_input(
     assert_one_line(capsys, tmp_path / "bad" / "notes.jpg", "not a picture")
 
 
+def test_a_full_disk_is_told_as_such(score: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The limit on the size of files stands for it: the system refuses the write in the same way."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        status = nearid(*score, "--out", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    assert_one_line(capsys, tmp_path / "out" / "contact_sheet.png", "File too large", "make room")
+    assert not list(tmp_path.glob("out/*"))
+
+
 # --- accept thresholds -----------------------------------------------------------------------------------------------
 
 

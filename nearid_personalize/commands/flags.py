@@ -3,6 +3,7 @@
 The `nearid` command and the trainers share this, so that the same mistake reads the same everywhere.
 """
 
+import errno
 import itertools
 import os
 import re
@@ -23,11 +24,13 @@ from nearid_personalize.errors import InputError
 # ends them as soon as the first one has failed; whoever is still there by then has found a mistake of its own.
 _OTHERS_WAIT = 10.0
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, a spent quota, a file above what is allowed
+
 _CHATTY = r"(torch|diffusers|transformers|peft|accelerate|huggingface_hub)\b"
 
 
 def run_program(program: Callable[[], int | None]) -> int:
-    """Run it; returns its exit status (None: 0), or 2 after one line on stderr for wrong input.
+    """Run it; returns its exit status (None: 0), or 2 after one line on stderr for wrong input or a full disk.
 
     Of several processes (`accelerate launch`, `torchrun`) the first one writes that line.
     """
@@ -37,6 +40,11 @@ def run_program(program: Callable[[], int | None]) -> int:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(_OTHERS_WAIT)
         print(f"error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        print(f"error: {error.filename or 'disk'}: {error.strerror}; make room, or write elsewhere", file=sys.stderr)
         return WRONG_INPUT
 
 
