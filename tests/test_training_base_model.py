@@ -1,6 +1,8 @@
 """Base models from folders, variants and single files, and the learning rates that suit them."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from nearid_personalize.training.base_model import RECOMMENDED, load_base_model
 from nearid_personalize.training.families import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL
 from nearid_personalize.training.lora_options import BaseSource, LoraOptions
 
+ROOT = Path(__file__).parent.parent
 UNUSED = {"references": Path(), "output": Path()}
 
 
@@ -73,6 +76,29 @@ def test_a_variant_is_read_when_it_is_named(tiny_kl_pipeline_dir, tmp_path):
     with pytest.raises(InputError, match="--variant fp8"):
         load(tmp_path / "base", source=BaseSource(variant="fp8"))
     assert load(tmp_path / "base", source=BaseSource(variant="fp16")).pipe.unet.dtype == torch.float32
+
+
+def test_a_revision_and_a_variant_come_from_the_hub(hub, tiny_kl_pipeline_dir, tiny_nearid_dir, photo_dir, tmp_path):
+    old = tmp_path / "old"
+    StableDiffusionPipeline.from_pretrained(tiny_kl_pipeline_dir).save_pretrained(old, variant="fp16")
+    hub.publish("owner/base", tiny_nearid_dir)
+    hub.publish("owner/base", old, revision="old")
+    flags = ["--base-model", "owner/base", "--references", photo_dir, "--output", tmp_path / "out", "--steps", "1"]
+    flags += ["--batch-size", "1", "--revision", "old", "--variant", "fp16"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "trainers" / "train_lora.py"), *map(str, flags)],
+        env=hub.environment(tmp_path / "home", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert any("unet/diffusion_pytorch_model.fp16.safetensors" in request for request in hub.requests)
+
+
+def test_two_revisions_are_refused():
+    with pytest.raises(InputError, match="--revision new"):
+        load("owner/base@old", source=BaseSource(revision="new"))
 
 
 def configuration(folder: Path, target: Path) -> Path:

@@ -22,6 +22,8 @@ from nearid_personalize.samples import draw_samples
 from nearid_personalize.training import lora, validation
 from nearid_personalize.training.cached import read_references
 from nearid_personalize.training.lora import WEIGHTS_NAME, LoraOptions, fingerprint, read_metadata, train_lora
+from nearid_personalize.training.lora_options import Publishing
+from nearid_personalize.training.publishing import LOGS, PROJECT
 from nearid_personalize.training.validation import (
     IdentityValidation,
     ValidationOptions,
@@ -135,6 +137,7 @@ def test_floors_are_shares_of_what_the_base_model_does():
     told = ValidationOptions(adherence_floor=0.5, diversity_floor=0.25, copy_ceiling=0.25)
     limits = Limits.from_base(base(), told)
     assert limits == Limits(pytest.approx(0.3), pytest.approx(0.1), pytest.approx(0.35))
+    assert limits.floors == ("adherence", "diversity", "copies")
     assert limits.refusal(base()) == ""
     assert limits.refusal(base(adherence=0.29)).startswith("adherence 0.290 below 0.300")
     assert limits.refusal(base(diversity=0.09)).startswith("diversity 0.090")
@@ -143,7 +146,8 @@ def test_floors_are_shares_of_what_the_base_model_does():
 
 def test_what_was_not_measured_or_not_led_sets_no_floor():
     unmeasured = base(adherence=None, adherence_of_references=None, diversity=None)
-    assert Limits.from_base(unmeasured, ValidationOptions()).refusal(unmeasured) == ""
+    limits = Limits.from_base(unmeasured, ValidationOptions(copy_ceiling=1.0))
+    assert limits.refusal(unmeasured) == "" and limits.floors == ()
     assert Limits.from_base(base(adherence=0.1), ValidationOptions()).adherence is None
 
 
@@ -170,6 +174,7 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
 
 
 def test_the_best_checkpoint_is_kept_and_every_validation_told(options, told):
+    options = replace(options, publishing=Publishing(report_to=("tensorboard",)))
     checks = run(options, replace(told, tensorboard=True))
     output, records = options.output, lines_of(options.output)
     assert [one["step"] for one in records] == [0, 1, 2, 3, 4]
@@ -193,8 +198,10 @@ def test_the_best_checkpoint_is_kept_and_every_validation_told(options, told):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(output / "tensorboard"), size_guidance={"images": 0}).Reload()
-    logged = [(event.step, event.value) for event in log.Scalars("validation/identity")]
-    assert logged == [(one["step"], pytest.approx(one["identity"])) for one in records]
+    tracked = EventAccumulator(str(output / LOGS / PROJECT)).Reload()
+    for heard in (log, tracked):
+        logged = [(event.step, event.value) for event in heard.Scalars("validation/identity")]
+        assert logged == [(one["step"], pytest.approx(one["identity"])) for one in records]
     assert len(log.Images("validation/samples")) == 5
 
 

@@ -75,7 +75,10 @@ def run(arguments: Arguments) -> None:
     if not PartialState().is_main_process:
         return
     best = validation.finish() if validation else None
-    kept = f", of step {best['step']}: identity {best['identity']:.3f}" if best else ""
+    kept = ""
+    if validation and best:
+        floors = ", ".join(validation.floors) or "none"
+        kept = f", of step {best['step']}: identity {best['identity']:.3f} (floors that it passed: {floors})"
     print(f"wrote {folder / WEIGHTS_NAME}{kept}")
     if repository:
         print(f"uploaded to {push_lora(folder, repository)}")

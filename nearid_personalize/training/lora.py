@@ -83,7 +83,8 @@ class Snapshot:
 
     pipe: ready to draw, with the LoRA as it would be saved now. loss: of the last step. save: writes that LoRA into a
     folder, with more metadata if given. loss_on: see `LoraRun.loss_on`. guard_reward: tell it adherence=…, diversity=…;
-    where they lost too much to what they were before the reward it ends the reward and says so, else "".
+    where they lost too much to what they were before the reward it ends the reward and says so, else "". log: tell the
+    trackers figures by name, and `step`.
     """
 
     pipe: DiffusionPipeline
@@ -92,6 +93,7 @@ class Snapshot:
     save: Callable[..., None]
     loss_on: Callable[[list[Picture]], float]
     guard_reward: Callable[..., str] = lambda **values: ""
+    log: Callable[..., None] = lambda values, step: None
 
 
 OnStep = Callable[[int, float], bool | None]
@@ -366,7 +368,13 @@ def snapshot_of(run: LoraRun, pipe: DiffusionPipeline, step: int, loss: float) -
     """What a validation sees of a run."""
     looks = {"guard_reward": partial(run.reward.guard.look, step)} if run.reward else {}
     return Snapshot(
-        pipe=pipe, step=step, loss=loss, save=partial(run.write_lora, step=step), loss_on=run.loss_on, **looks
+        pipe=pipe,
+        step=step,
+        loss=loss,
+        save=partial(run.write_lora, step=step),
+        loss_on=run.loss_on,
+        log=run.accelerator.log,
+        **looks,
     )
 
 

@@ -31,8 +31,8 @@ class Publishing:
     """Where a run is told of while it trains, and where its LoRA goes afterwards."""
 
     report_to: tuple[str, ...] = ()
-    """Trackers that are told the loss and the learning rate of every step, through accelerate: tensorboard (into
-    OUTPUT/logs), wandb, mlflow, ..."""
+    """Trackers that are told the loss and the learning rate of every step, and the figures of validations, through
+    accelerate: tensorboard (into OUTPUT/logs), wandb, mlflow, ..."""
     push_to_hub: str | None = None
     """Hub repository owner/name that receives the LoRA and a model card; made anew it is private. Needs `hf auth login`
     or HF_TOKEN."""

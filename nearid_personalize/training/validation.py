@@ -41,6 +41,7 @@ from nearid_personalize.training.lora_options import LoraOptions, require
 from nearid_personalize.training.validation_files import (
     BEST,
     JOURNAL,
+    figures,
     forget,
     log_to_tensorboard,
     open_tensorboard,
@@ -268,6 +269,7 @@ class IdentityValidation:
         seconds = self.clock() - began
         plan = spaced(plan, wanted, training_step, max(seconds, plan.seconds), self.spent + seconds)
         self.write({**base, "plan": plan.to_dict(), "measured": self.validation.measured(self.prompts)}, began)
+        snapshot.log(figures(base), step=0)
 
     def measure_cost(self, snapshot: Snapshot, training_step: float) -> Cost:
         """Time pictures of few denoising steps, the score of one, and the validation loss; the first is a warm-up."""
@@ -315,6 +317,7 @@ class IdentityValidation:
         if best_of([*before, record]) is record:
             snapshot.save(self.output / BEST, validation=self.told(record))
         self.write(record, began)
+        snapshot.log(figures(record), step=snapshot.step)
 
     def measure(self, snapshot: Snapshot, step: int, plan: ValidationPlan) -> tuple[Record, float]:
         """Draw and measure; the record so far, and the time it began."""
@@ -379,6 +382,13 @@ class IdentityValidation:
             log_to_tensorboard(self.writer, record, self.output)
 
     # --- after the last
+
+    @property
+    def floors(self) -> tuple[str, ...]:
+        """What a checkpoint had to keep, beside identity: only what was measured."""
+        if not self.journal.records:
+            return ()
+        return Limits.from_base(self.journal.records[0], self.validation).floors
 
     def finish(self) -> Record | None:
         """Put the checkpoint to keep into OUTPUT; returns its record, None where it is the last one.

@@ -79,12 +79,16 @@ def open_tensorboard(output: Path) -> Any:
     return SummaryWriter(str(output / "tensorboard"))
 
 
+def figures(record: Mapping[str, Any]) -> dict[str, float]:
+    """What a record measured, by the name that trackers show it under."""
+    names = ("identity", "leave_one_out", "accept_rate", "copy_rate", "adherence", "diversity", "validation_loss")
+    return {f"validation/{name}": record[name] for name in names if record[name] is not None}
+
+
 def log_to_tensorboard(writer: Any, record: Mapping[str, Any], output: Path) -> None:
     """Write the figures of a record, and its sheet."""
-    names = ("identity", "leave_one_out", "accept_rate", "copy_rate", "adherence", "diversity", "validation_loss")
-    for name in names:
-        if record[name] is not None:
-            writer.add_scalar(f"validation/{name}", record[name], record["step"])
+    for name, value in figures(record).items():
+        writer.add_scalar(name, value, record["step"])
     sheet = to_tensor([load_image(sheet_path(output, record["step"]))])[0]
     writer.add_image("validation/samples", sheet, record["step"])
     writer.flush()

@@ -41,6 +41,16 @@ class Limits:
             copy_rate=min(1.0, base["copy_rate"] + options.copy_ceiling),
         )
 
+    @property
+    def floors(self) -> tuple[str, ...]:
+        """The names of the limits that can refuse something."""
+        on = {
+            "adherence": self.adherence is not None,
+            "diversity": self.diversity is not None,
+            "copies": self.copy_rate < 1,
+        }
+        return tuple(name for name, is_on in on.items() if is_on)
+
     def refusal(self, record: Record) -> str:
         """Why a checkpoint may not be kept; "" when it may."""
         if self.adherence is not None and record["adherence"] < self.adherence:
