@@ -40,6 +40,7 @@ from nearid_personalize.training.head import (
     export,
     is_finished,
     model_card,
+    step_bytes,
     train_head,
     warmup_cosine,
 )
@@ -125,6 +126,18 @@ def test_loss_depends_on_the_batch_number_only_through_the_anchors():
         batch_loss(model.pool, cache, torch.arange(6), 0, options, number, Accelerator()).item() for number in (0, 0, 1)
     ]
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_the_memory_of_a_step_is_weights_and_what_a_batch_adds():
+    model = tiny_model().freeze_trunk()
+    one, two, three = (step_bytes(model, pictures, (64, 32)) for pictures in (1000, 2000, 3000))
+    assert three - two == two - one
+    # A token's value in a batch: in float16 as read, the next batch's, and in float32; and a little for each picture.
+    per_value = (two - one) / (1000 * 64 * 32)
+    assert 8 < per_value < 9.5
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    trained = 3 * sum(parameter.nbytes for parameter in model.head.parameters())
+    assert 0 <= one - (two - one) - weights - trained < 1000
 
 
 # --- the loop
@@ -381,12 +394,15 @@ def launch(processes, *arguments):
 
 def test_two_processes_train_the_head_of_one(tmp_path):
     tiny_model().save_pretrained(tmp_path / "trunk")
+    other = folder_of_subjects(tmp_path / "other", [f"train/{n}" for n in range(5)], size=8)
     flags = ("--trunk", tmp_path / "trunk", "--num-identities", 14, "--num-validation", 3, "--steps", 4)
+    flags += ("--data", "miniworld", f"{other}:2", "--augment", "--variants", 2)
     flags += ("--batch-size", 8, "--checkpoint-every", 2)
     reports = []
     for processes in (1, 2):
         result = launch(processes, TRAINER, *flags, "--output", tmp_path / str(processes))
         assert result.returncode == 0, result.stderr
+        assert result.stdout.count("of each of") == 1 and f"of each of {processes} processes" in result.stdout
         reports.append(json.loads((tmp_path / str(processes) / "training.json").read_text()))
     assert reports[1]["losses"] == pytest.approx(reports[0]["losses"], abs=1e-4)
     assert reports[1]["validation"].keys() == reports[0]["validation"].keys()

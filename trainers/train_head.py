@@ -337,6 +337,7 @@ def show_plan(
     trunk: Trunk,
     sets: Sequence[TrainingSet],
     held_out: Sequence[Rows],
+    processes: int,
 ) -> None:
     """Print what is going to be trained on what, and what it takes."""
     model = trunk.model
@@ -351,8 +352,9 @@ def show_plan(
     print(f"augment     {Augmentation() if arguments.augment else 'no'}")
     state = "on disk" if kind == "disk" else "live, the trunk runs at every step"
     print(f"tokens      {state}; {arguments.variants} variants on disk: {plan}")
-    pictures = arguments.head.batch_size * 2 * arguments.num_views
-    print(f"memory      {step_bytes(model, pictures, plan.picture_shape) / 1e9:.1f} GB for a step, in one process")
+    pictures = arguments.head.batch_size // processes * 2 * arguments.num_views
+    needed = step_bytes(model, pictures, plan.picture_shape) / 1e9
+    print(f"memory      at most {needed:.1f} GB in a step, of each of {processes} processes")
     for name, value in asdict(arguments.head).items():
         print(f"{name:30}{value}")
 
@@ -374,7 +376,7 @@ def run(arguments: Arguments) -> HeadResult | None:
     plan = plan_tokens(arguments, trunk, datasets)
     kind = choose_tokens(arguments, plan, accelerator)
     if accelerator.is_main_process:
-        show_plan(arguments, kind, plan, trunk, sets, held_out)
+        show_plan(arguments, kind, plan, trunk, sets, held_out, accelerator.num_processes)
     if arguments.dry_run:
         return None
     given = what_decides(arguments, kind, trunk, sets, held_out)
