@@ -337,6 +337,16 @@ def test_rows_are_copied_by_position_and_no_other_group_of_rows_is_read(tmp_path
         copied = pyarrow.parquet.read_table(tmp_path / "out" / "part.parquet")
         assert copied["id"].to_pylist() == list(range(start, stop)) and copied.column_names == ["id", "x"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["part.parquet"]
+    Path(paths[1]).write_bytes(Path(paths[1]).read_bytes()[:-9])
+    with pytest.raises(pyarrow.ArrowException):
+        copy_rows(files, paths, 0, 30, tmp_path / "out" / "other.parquet", expected_rows=65)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["part.parquet"]
+
+
+def test_sets_of_another_length_have_no_splits_by_position(tmp_path: Path):
+    paths = [str(tmp_path / "0.parquet")]
+    pyarrow.parquet.write_table(pyarrow.table({"id": range(65)}), paths[0])
+    files = LocalFileSystem()
     with pytest.raises(InputError, match="65 rows, where 64 were published"):
         copy_rows(files, paths, 0, 5, tmp_path / "out" / "part.parquet", expected_rows=64)
 

@@ -544,6 +544,7 @@ def test_evaluate_measures_encoder_and_trunk(
     assert nearid(*[*flags, "--trunk", str(tiny_nearid_dir), "--out", str(tmp_path / "out")]) == 0
     table = capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert table.splitlines()[-1] == f"[low, high]: {report['intervals']}" and "over identities" in report["intervals"]
     assert [result["encoder"] for result in report["results"]] == ["encoder", "frozen trunk"]
     for result in report["results"]:
         assert result["source"] == "distractors" and result["num_identities"] == 4

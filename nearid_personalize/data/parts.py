@@ -4,6 +4,7 @@ Parquet files tell in their footers which rows lie where, so that only the group
 HTTP ranges. They are kept as one local file, and are not fetched again.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,11 @@ def published_part(repository: str, split: str, start: int, stop: int, expected_
         copy_rows(files, paths, start, stop, target, expected_rows, f"{repository}, {split} rows", show)
     except HUB_ERRORS as error:
         raise InputError(f"{repository}: {download_fault(error)}") from None
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{repository}: a file there is no parquet that can be read ({reason}); run it again"
+        ) from None
     return home
 
 
@@ -62,18 +68,18 @@ def copy_rows(
         InputError: the files do not have `expected_rows` rows.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_suffix(".partial")
+    unfinished = target.with_suffix(f".{os.getpid()}.partial")
     writer: Any = None
-    with tqdm(total=stop - start, desc=label, unit="row", disable=not show, leave=False) as progress:
-        try:
+    try:
+        with tqdm(total=stop - start, desc=label, unit="row", disable=not show, leave=False) as progress:
             for table in _wanted(files, paths, start, stop, expected_rows):
                 writer = writer or pyarrow.parquet.ParquetWriter(unfinished, table.schema)
                 writer.write_table(table)
                 progress.update(len(table))
-        finally:
-            if writer is not None:
-                writer.close()
-    unfinished.replace(target)
+            writer.close()
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _wanted(files: Any, paths: Sequence[str], start: int, stop: int, expected_rows: int) -> Iterator[Any]:
