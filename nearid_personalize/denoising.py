@@ -176,9 +176,10 @@ def can_race(pipe: DiffusionPipeline) -> bool:
 def can_batch(pipe: DiffusionPipeline) -> bool:
     """Whether candidate k of a batch is the picture that its seed makes alone.
 
-    False for pipelines that start from a picture and are not known to draw its latents by each row's generator.
+    False for pipelines that start from a picture (which have a `strength`), or enlarge one (a `noise_level`), and are
+    not known to draw its latents and its noise by each row's generator.
     """
-    starts_from_picture = "strength" in inspect.signature(pipe.__call__).parameters
+    starts_from_picture = {"strength", "noise_level"} & set(inspect.signature(pipe.__call__).parameters)
     return not starts_from_picture or type(pipe).__name__ in _ENCODES_ROWS
 
 

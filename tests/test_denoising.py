@@ -264,10 +264,12 @@ def test_a_candidate_is_its_seeds_picture_whatever_the_batch(family, padding_mas
 
 def test_pipelines_that_start_from_a_picture_unheard_of_are_not_batched():
     """ZImageImg2ImgPipeline draws the latents of its source with the first generator, and has no place to mend that."""
-    from diffusers import ZImageImg2ImgPipeline
+    from diffusers import StableDiffusionUpscalePipeline, ZImageImg2ImgPipeline
 
-    assert not can_batch(ZImageImg2ImgPipeline(**build("z_image")[0].components))
-    assert can_batch(build("z_image")[0])
+    pipe, _ = build("z_image")
+    assert can_batch(pipe) and not can_batch(ZImageImg2ImgPipeline(**pipe.components))
+    pipe.__class__ = StableDiffusionUpscalePipeline
+    assert not can_batch(pipe)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import checkered
 from test_denoising import ip_adapter, traces, with_safety_checker
-from tiny_pipelines import build
+from tiny_pipelines import build, from_a_picture
 
 from nearid_personalize import IdentityGuard, IdentityScorer, InputError
 from nearid_personalize.guard import NothingAcceptedWarning
@@ -86,6 +86,16 @@ def test_half_precision(family, dtype, guarded):
     difference = (result.images[0].float() - first).abs()
     # Measured: at most 2.5 of 255, and a 300th of what another seed changes
     assert difference.max() <= 8 / 255 and difference.mean() <= spread / 50
+
+
+@pytest.mark.filterwarnings("ignore:ZImageImg2ImgPipeline with .* is not among:UserWarning")
+def test_pipelines_that_cannot_keep_a_batchs_promise_draw_one_at_a_time(guarded):
+    pipe, arguments = from_a_picture("ZImageImg2ImgPipeline", *build("z_image"))
+    pipe.set_progress_bar_config(disable=True)
+    call = {**arguments, "num_inference_steps": 2}
+    for candidate in guarded(pipe)(**call, num_images=1, num_candidates=2).candidates:
+        plain = pipe(**call, generator=torch.Generator().manual_seed(candidate.seed)).images[0]
+        assert largest_difference(candidate.image, plain) <= 1
 
 
 def test_chosen_floors_work_where_and_as_the_scorer_does(tiny_nearid_dir):
