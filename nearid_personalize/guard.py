@@ -171,9 +171,11 @@ class IdentityGuard:
         pipe: diffusers pipeline, LoRA loaded or not; it is left as it was found.
         scorer: compares images with `subject`.
         subject: from `scorer.enroll(photos)`; its threshold decides who is accepted.
-        max_batch_size: candidates denoised together, >= 1: memory against speed, the images stay the same. It is
-            halved by itself when memory runs out, and no candidate is lost.
-        policy: stops candidates by the scores of previews; None runs all of them to the end.
+        max_batch_size: the most candidates denoised together, >= 1: memory against speed, the images stay the same.
+            Batches are even: 17 candidates run as 6, 6 and 5 rather than 8, 8 and 1. It is halved by itself when
+            memory runs out, and no candidate is lost.
+        policy: stops candidates by the scores of previews; None runs all of them to the end. Where it cannot stop
+            anybody, as in a batch of one, no previews are decoded, unless somebody watches.
         floors: what else a candidate must pass, e.g. `QualityFloor`; the first one failed is the reason told.
         profile: how previews foretell final scores on this base model, from `PreviewProfile.fit`; without one the
             policy starts from a weak prior and learns from the candidates that finish.

@@ -71,6 +71,7 @@ def next_wave(
     Without a budget, what is left of `num_candidates`: what stopped candidates save stays saved. With a `budget` (in
     full candidates, like `spent`), as many as could all run to the end within what is left of it, also beyond
     `num_candidates`: so it is never exceeded, whatever the policy does. `candidate_cost`: one that runs to the end.
+    `max_batch_size`: the largest wave; waves are of one size, as far as that goes: 17 candidates are 6, 6 and 5.
     """
     limits = [math.inf]
     if budget is None or started < num_candidates:
@@ -460,7 +461,7 @@ def replay(
 ) -> Replay:
     """Race recorded candidates: previews `[M, S]` at `step_fractions[S]`, final scores `[M]`, without any model.
 
-    Rows 0 ... num_candidates - 1 start, together or `max_batch_size` at a time; later rows are the seeds that freed
+    Rows 0 ... num_candidates - 1 start, together or in even waves of up to `max_batch_size`; later rows are the seeds that freed
     compute may begin under a `budget` (see `next_wave`). A policy with `step_fractions` is asked at the first recorded
     fraction at or after each of them, any other at all recorded ones. A policy with `informed` is told before each
     wave what finished and what previews foretold, `profile` included; one with `seeded(seed)` draws from `seed`.

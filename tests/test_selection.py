@@ -23,6 +23,7 @@ from nearid_personalize.selection import (
     best_accepted,
     chance_among_best,
     full_spread,
+    needs_previews,
     next_wave,
     rank_candidates,
     replay,
@@ -476,6 +477,19 @@ def test_a_policy_that_draws_draws_from_the_seed():
     winners = [replay(previews[0], finals[0], FRACTIONS, policy=Lottery(), seed=seed).winners for seed in range(8)]
     assert len(set(winners)) > 2
     assert winners == [replay(previews[0], finals[0], FRACTIONS, policy=Lottery(), seed=s).winners for s in range(8)]
+
+
+def test_no_previews_are_paid_for_that_can_stop_nobody():
+    previews, finals = draw_tables(CURVES["middling"], 1, 16)
+    run = {"preview_scores": previews[0], "final_scores": finals[0], "step_fractions": FRACTIONS, "preview_cost": 0.1}
+    for policy in (RacingPolicy(), FixedSchedule({0.5: 0.5})):
+        alone = replay(**run, policy=policy, max_batch_size=1)
+        assert alone.cost == pytest.approx(16) and alone.winners == (int(finals[0].argmax()),)
+        all_wanted = replay(**run, policy=policy, num_candidates=4, num_images=4)
+        assert all_wanted.cost == pytest.approx(4)
+    assert needs_previews(RacingPolicy(), 4, 4, is_last=False), "a later wave learns from them"
+    assert not needs_previews(RacingPolicy(), 4, 4, is_last=True)
+    assert needs_previews(RacingPolicy(finished=(0.9,)), 4, 4, is_last=True)
 
 
 def test_a_wave_is_what_the_budget_can_bring_to_the_end():
