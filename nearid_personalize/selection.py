@@ -461,10 +461,11 @@ def replay(
 ) -> Replay:
     """Race recorded candidates: previews `[M, S]` at `step_fractions[S]`, final scores `[M]`, without any model.
 
-    Rows 0 ... num_candidates - 1 start, together or in even waves of up to `max_batch_size`; later rows are the seeds
-    that freed compute may begin under a `budget` (see `next_wave`). A policy with `step_fractions` is asked at the
-    first recorded fraction at or after each of them, any other at all recorded ones. A policy with `informed` is told before
-    each wave what finished and what previews foretold, `profile` included; one with `seeded(seed)` draws from `seed`.
+    Rows 0 ... num_candidates - 1 start, together or in even waves of up to `max_batch_size`; later rows are the
+    seeds that freed compute may begin under a `budget` (see `next_wave`). A policy with `step_fractions` is asked
+    at the first recorded fraction at or after each of them, any other at all recorded ones. A policy with
+    `informed` is told before each wave what finished and what previews foretold, `profile` included; one with
+    `seeded(seed)` draws from `seed`.
 
     threshold: until accepted: no new wave starts once `num_images` reached it, and only those that did can win.
     preview_cost: of one preview, in full candidates.
