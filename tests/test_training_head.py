@@ -270,6 +270,9 @@ def test_resumed_run_ends_in_exactly_the_unbroken_runs_weights(tmp_path):
     assert same(weights(resumed), weights(unbroken))
     with pytest.raises(InputError, match=r"--learning-rate 0\.01: the checkpoint .* --learning-rate 0\.001"):
         train_head(dataclasses.replace(options, resume=True, learning_rate=1e-2), tiny_model(), cache)
+    (tmp_path / "checkpoints" / "step-00000008" / "recipe.json").unlink()
+    with pytest.raises(InputError, match="step-00000008: does not say"):
+        train_head(dataclasses.replace(options, resume=True), tiny_model(), cache)
 
 
 def test_old_checkpoints_go(tmp_path):

@@ -439,15 +439,10 @@ def cache_on_disk(
 
     Raises InputError when the disk is too small.
     """
-    if plan.missing and process[0] == 0:
-        _remove_abandoned(plan)
-        _check_space(plan)
-        for part in plan.parts:
-            home = plan.folder / part.key.digest
-            home.mkdir(parents=True, exist_ok=True)
-            write_atomically(home / "key.json", json.dumps(asdict(part.key), indent=2) + "\n")
-    wait()
     try:
+        if plan.missing and process[0] == 0:
+            _prepare(plan)
+        wait()
         _write_shards(plan.missing[process[0] :: process[1]], trunk, num_workers)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -455,6 +450,16 @@ def cache_on_disk(
         raise InputError(f"{plan.folder}: the disk is full; {_MORE_ROOM}") from None
     wait()
     return _open_shards(plan)
+
+
+def _prepare(plan: CachePlan) -> None:
+    """Check the disk and make the cache's folders; each says what it holds."""
+    _remove_abandoned(plan)
+    _check_space(plan)
+    for part in plan.parts:
+        home = plan.folder / part.key.digest
+        home.mkdir(parents=True, exist_ok=True)
+        write_atomically(home / "key.json", json.dumps(asdict(part.key), indent=2) + "\n")
 
 
 _MORE_ROOM = "give --token-folder on another disk, fewer --variants, or --tokens live"

@@ -52,7 +52,7 @@ class Given(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """How the head is trained. Defaults suit a small trunk; the paper's rate at full size is 1e-4."""
+    """How the head is trained. Defaults suit a small trunk; `PAPER` is what the paper did at full size."""
 
     output: Path
     """Folder that receives the model; its `checkpoints` subfolder holds what a resumed run needs."""
@@ -497,6 +497,8 @@ def check_resumable(options: HeadOptions, given: Mapping[str, Given]) -> None:
     if is_finished(options):
         stored = json.loads((options.output / FINISHED).read_text(encoding="utf-8")).get("given", {})
     elif found:
+        if not (found[-1] / RECIPE).is_file():
+            raise InputError(f"{found[-1]}: does not say what it was trained on; begin anew without --resume")
         stored = json.loads((found[-1] / RECIPE).read_text(encoding="utf-8"))
     else:
         return
