@@ -90,13 +90,13 @@ class Errors:
         low, high = share_interval(self.wrong, self.subjects)
         count, subjects = len(self.wrong), len(set(self.subjects))
         share = sum(self.wrong) / count
-        print(f"  {what:34} {share:.3f} [{low:.3f}, {high:.3f}]  n {count} of {subjects} subjects", flush=True)
+        print(f"  {what:42} {share:.3f} [{low:.3f}, {high:.3f}]  n {count} of {subjects} subjects", flush=True)
 
 
 def report_pictures(what: str, wrong: Sequence[bool]) -> None:
     """As `Errors.report`, for pictures that are the unit themselves."""
     low, high = wilson_interval(sum(wrong), len(wrong))
-    print(f"  {what:34} {sum(wrong) / len(wrong):.3f} [{low:.3f}, {high:.3f}]  n {len(wrong)} pictures", flush=True)
+    print(f"  {what:42} {sum(wrong) / len(wrong):.3f} [{low:.3f}, {high:.3f}]  n {len(wrong)} pictures", flush=True)
 
 
 @dataclass(frozen=True)
