@@ -300,7 +300,12 @@ def arms_of(record: dict, records: list[dict], frozen: list[dict], outcome: str)
 
 def early_stop(record: dict, records: list[dict], patience: int, outcome: str) -> tuple[float, float]:
     """Share of the time saved, and the worth of what is kept then."""
-    known = next((n for n in range(2, len(records) + 1) if out_of_patience(records[:n], patience)), len(records))
+    gain = ValidationOptions().patience_gain
+    known = len(records)
+    for n in range(2, len(records)):
+        if out_of_patience(records[:n], patience, gain):
+            known = n
+            break
     training = record["run_seconds"][-1] - record["validation_seconds"][-1]
     means = np.array(record[outcome]).mean(axis=(1, 2))
     return 1 - record["run_seconds"][known - 1] / training, means[chosen(records[:known], True)]

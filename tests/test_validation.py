@@ -114,7 +114,8 @@ def test_best_so_far_is_never_said_of_what_lies_below_the_base_model():
     assert said == ["", "below the base model's 0.400", "best so far", "", "copies"]
 
 
-def test_patience_counts_validations_since_the_best():
+@pytest.mark.parametrize("gain", [0.0, 0.15])
+def test_patience_counts_validations_since_the_best(gain):
     """Beside a plain loop over random scores, some of them refused."""
     draw = random.Random(0)
     for _ in range(200):
@@ -122,11 +123,18 @@ def test_patience_counts_validations_since_the_best():
         best, since = -1.0, 0
         for one in records:
             since += 1
-            if not one["refused"] and one["identity"] > best:
+            if not one["refused"] and one["identity"] - best > gain:
                 best, since = one["identity"], 0
         for patience in range(1, 8):
-            assert out_of_patience([record(0, 1.0), *records], patience) == (since >= patience)
-        assert not out_of_patience(records, 0)
+            assert out_of_patience([record(0, 1.0), *records], patience, gain) == (since >= patience)
+        assert not out_of_patience(records, 0, gain)
+
+
+def test_ever_smaller_gains_run_out_of_patience():
+    """Identity of a LoRA that has converged: every validation is the best so far, by ever less."""
+    records = [record(0, 0.0), *(record(step, 0.97 + 0.003 * step) for step in range(1, 5))]
+    assert out_of_patience(records, 2, gain=0.01) and not out_of_patience(records, 2)
+    assert best_of(records)["step"] == 4
 
 
 def base(**more: object) -> dict:

@@ -109,6 +109,9 @@ class ValidationOptions:
     """Which checkpoint OUTPUT holds in the end; the other is in OUTPUT/last or OUTPUT/best."""
     patience: int = 0
     """Validations without a new best checkpoint after which the training stops. 0: never."""
+    patience_gain: float = 0.01
+    """What identity must gain on the best before it for patience to begin anew, in [0, 1): ever smaller gains are no
+    reason to go on. The checkpoint kept is the best all the same."""
     tensorboard: bool = False
     """Log figures and pictures to OUTPUT/tensorboard too (needs the package tensorboard)."""
 
@@ -119,6 +122,7 @@ class ValidationOptions:
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         require(0 < self.validation_budget <= 1, "validation_budget", self.validation_budget, "in (0, 1]")
         require(self.patience >= 0, "patience", self.patience, "0 or more")
+        require(0 <= self.patience_gain < 1, "patience_gain", self.patience_gain, "in [0, 1)")
 
     def prompts_for(self, options: LoraOptions) -> tuple[str, ...]:
         """The prompts to draw; InputError for one without the token."""
@@ -307,7 +311,8 @@ class IdentityValidation:
             # Told again by a run that was interrupted here
             if ended := snapshot.guard_reward(adherence=record["adherence"], diversity=record["diversity"]):
                 say(ended)
-        return not out_of_patience(self.journal.until(snapshot.step), self.validation.patience)
+        until_now, validation = self.journal.until(snapshot.step), self.validation
+        return not out_of_patience(until_now, validation.patience, validation.patience_gain)
 
     def validate(self, snapshot: Snapshot) -> None:
         """Make the record of a step, and keep its checkpoint where it is the best."""

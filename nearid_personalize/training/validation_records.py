@@ -68,10 +68,15 @@ def best_of(records: Sequence[Record]) -> Record | None:
     return max(kept, key=lambda record: record["identity"], default=None)
 
 
-def out_of_patience(records: Sequence[Record], patience: int) -> bool:
-    """Whether the last `patience` validations brought no new best."""
-    best = best_of(records)
-    since = sum(record["step"] > (best["step"] if best else 0) for record in records)
+def out_of_patience(records: Sequence[Record], patience: int, gain: float = 0.0) -> bool:
+    """Whether the last `patience` checkpoints brought no new best, by more than `gain` in identity."""
+    best, since = float("-inf"), 0
+    for record in records:
+        if not record["step"]:
+            continue
+        since += 1
+        if not record["refused"] and record["identity"] > best + gain:
+            best, since = record["identity"], 0
     return 0 < patience <= since
 
 
