@@ -1,7 +1,9 @@
 """Who hears of a run: trackers, and the Hub repository of its LoRA, uploaded for real to a server on this machine."""
 
 import base64
+import importlib.util
 import json
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -15,6 +17,7 @@ from nearid_personalize.training.lora import WEIGHTS_NAME, train_lora
 from nearid_personalize.training.lora_options import LoraOptions, Publishing
 from nearid_personalize.training.publishing import LOGS, PROJECT, make_repository, push_lora
 
+ROOT = Path(__file__).parent.parent
 TOKEN = "hf_of_this_test"
 
 
@@ -139,3 +142,27 @@ def test_what_the_hub_refuses_is_one_line(hub_that_receives, monkeypatch):
     with pytest.raises(InputError, match="--push-to-hub no/such/name") as misspelt:
         make_repository("no/such/name")
     assert not any("\n" in str(error.value) for error in (refused, offline, misspelt))
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    spec = importlib.util.spec_from_file_location("train_lora", ROOT / "trainers" / "train_lora.py")
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "train_lora", script)  # where tyro looks for the options' docstrings
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_the_trainer_asks_the_hub_first_and_uploads_last(
+    hub_that_receives, trainer, tiny_pipeline_dir, photo_dir, tmp_path, capsys, monkeypatch
+):
+    told = options(tiny_pipeline_dir, photo_dir, tmp_path / "out", push_to_hub="me/sks")
+    arguments = trainer.Arguments(told, trainer.ValidationOptions())
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_TOKEN", "hf_of_somebody_else")
+        with pytest.raises(InputError, match="--push-to-hub me/sks"):
+            trainer.run(arguments)
+    assert not (tmp_path / "out").exists() and not hub_that_receives.files
+    trainer.run(arguments)
+    assert hub_that_receives.files[WEIGHTS_NAME] == (tmp_path / "out" / WEIGHTS_NAME).read_bytes()
+    assert f"uploaded to {hub_that_receives.url}/me/sks/commit/1" in capsys.readouterr().out
