@@ -187,9 +187,8 @@ def test_rewarded_steps_alone_use_the_reward(options):
 
 
 def test_weight_zero_is_plain_training(options, tmp_path):
-    plain = LoraOptions(
-        **{k: v for k, v in dataclasses.asdict(options).items() if not k.startswith("reward")} | {"dropout": 0.3}
-    )
+    names = [field.name for field in dataclasses.fields(options) if not field.name.startswith("reward")]
+    plain = LoraOptions(**{name: getattr(options, name) for name in names} | {"dropout": 0.3})
     weights = load_file(train_lora(plain) / WEIGHTS_NAME)
     off = dataclasses.replace(options, reward_weight=0.0, dropout=0.3, output=tmp_path / "off")
     assert all(torch.equal(weights[name], value) for name, value in load_file(train_lora(off) / WEIGHTS_NAME).items())

@@ -91,7 +91,8 @@ def main(file: str) -> None:
 def train_sharded(options: LoraOptions, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     """`main` in two processes, told of FSDP as `accelerate launch` tells."""
     file = folder / "options.json"
-    file.write_text(json.dumps(dataclasses.asdict(options), default=str))
+    told = {name: value for name, value in dataclasses.asdict(options).items() if not isinstance(value, dict)}
+    file.write_text(json.dumps(told, default=str))
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(file)],
