@@ -1,7 +1,7 @@
 """What a LoRA run trains: layers in the denoiser and the text encoders, the token's row, and their optimizer."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,8 @@ class PromptedDenoiser(nn.Module):
     """Denoiser and trained text encoders as one module, so that one `prepare` covers both.
 
     Autocast is entered here because accelerate's own precision is fixed once for a whole process.
+
+    autocast: see `autocast_to`.
     """
 
     def __init__(self, family: Family, text_names: Sequence[str] = (), autocast: torch.dtype | None = None) -> None:
@@ -35,7 +37,7 @@ class PromptedDenoiser(nn.Module):
 
     def forward(self, noisy: Tensor, timesteps: Tensor, table: Table, prompt_index: Tensor, frame: Tensor) -> Tensor:
         """Predict the target [B,C,h,w]; see `Family.denoise`. prompt_index: [B], rows of `table`."""
-        with torch.autocast(noisy.device.type, self.autocast) if self.autocast else nullcontext():
+        with autocast_to(self.autocast, noisy.device.type):
             embedded = self.family.embed(dict(self.text.items()), table) if self.text else table
             rows = {name: tensor[prompt_index] for name, tensor in embedded.items()}
             return self.family.denoise(self.denoiser, noisy, timesteps, rows, frame)
@@ -45,6 +47,15 @@ class PromptedDenoiser(nn.Module):
         for name, module in self.named_modules():
             if ".lora_dropout." in name:
                 module.train(on)
+
+
+def autocast_to(dtype: torch.dtype | None, device: str) -> AbstractContextManager[Any]:
+    """Autocast in half precision; for float32, none at all, not even one around it; None: as it is outside."""
+    if dtype is None:
+        return nullcontext()
+    if dtype == torch.float32:
+        return torch.autocast(device, enabled=False)
+    return torch.autocast(device, dtype)
 
 
 def trained_text(family: Family, options: LoraOptions) -> tuple[tuple[str, ...], int]:

@@ -209,7 +209,8 @@ def frame_of(original: tuple[int, int], size: tuple[int, int]) -> Tensor:
 def encode_picture(family: Family, picture: Picture, size: tuple[int, int], background: float, prompt: int) -> Sample:
     """Encode the centre of a picture, cut to (width, height) `size` in pixels."""
     pixels = to_tensor([ImageOps.fit(picture.image, size, Image.Resampling.BICUBIC)])  # [1,3,H,W]
-    latents = torch.cat(family.encode_pictures(pixels.to(family.pipe.vae.device) * 2 - 1))
+    vae = family.pipe.vae
+    latents = torch.cat(family.encode_pictures(pixels.to(vae.device, vae.dtype) * 2 - 1))
     importance = torch.ones(latents.shape[-2:])
     if picture.mask is not None:
         mask = to_tensor([ImageOps.fit(picture.mask, size, Image.Resampling.BILINEAR).convert("RGB")])[:, :1]

@@ -7,12 +7,14 @@ is embedded in every step; all else is embedded once, by the pipeline's own `enc
 Letters: B batch, P prompts, L tokens, D text width, C h w latent channels and size, H W picture size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
+from diffusers.training_utils import offload_models
 from torch import Tensor, nn
 
 from nearid_personalize.denoising import latents_for_vae
@@ -68,6 +70,17 @@ class Family:
         """Name every text encoder that the pipeline has, to be trained or not."""
         names = (name for name in self.pipe.components if name.startswith("text_encoder"))
         return {name: getattr(self.pipe, name) for name in names if getattr(self.pipe, name) is not None}
+
+    @contextmanager
+    def ready_to_draw(self, device: torch.device) -> Iterator[DiffusionPipeline]:
+        """Lend the pipeline on `device`, where the denoiser has to be already; its VAE in the denoiser's precision.
+
+        Pipelines give the VAE latents of that precision. SDXL's pipeline itself decodes in float32 in place of float16.
+        """
+        vae = self.pipe.vae
+        moved = offload_models(vae, *self.text_encoders().values(), device=device)
+        with moved, cast_weights(vae, self.denoiser.dtype):
+            yield self.pipe
 
     def tokenize(self, prompts: Sequence[str]) -> Table:
         """Token ids [P,L] for each text encoder that can be trained, named as the encoder."""
@@ -312,6 +325,20 @@ def family_class(pipeline_class: str, base_model: str) -> type[Family]:
     if pipeline_class not in FAMILIES:
         raise InputError(f"--base-model {base_model} is a {pipeline_class}; give one of {', '.join(FAMILIES)}")
     return FAMILIES[pipeline_class]
+
+
+@contextmanager
+def cast_weights(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, `model` computes in `dtype`; afterwards its weights are those from before, to the bit."""
+    before = model.dtype
+    kept = model.state_dict() if dtype != before else {}
+    model.to(dtype)
+    try:
+        yield
+    finally:
+        model.to(before)
+        if kept:
+            model.load_state_dict(kept)
 
 
 def column(values: Sequence[float]) -> Tensor:

@@ -131,9 +131,14 @@ def load_family(options: LoraOptions, half: torch.dtype | None = None, device: s
 
 
 def choose_autocast(precision: str, accelerator: Accelerator) -> torch.dtype | None:
-    """Resolve "auto": None when accelerate has a precision of its own, else bf16 where the hardware multiplies it."""
-    if precision != "auto" or accelerator.mixed_precision != "no":
-        return HALF.get(precision)
+    """The precision of our own autocast, float32 for one that switches it off; None: that of accelerate, or none.
+
+    "auto" is what accelerate was told; where it was told nothing, bf16 where the hardware multiplies it.
+    """
+    if precision != "auto":
+        return HALF.get(precision, torch.float32)
+    if accelerator.mixed_precision != "no":  # which accelerate leaves undone for float16 on a CPU
+        return None if accelerator.native_amp else HALF.get(accelerator.mixed_precision)
     if accelerator.device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     capabilities = torch.cpu.get_capabilities()
@@ -153,7 +158,7 @@ def prepare_data(
     device = accelerator.device
     if options.prior_pictures:
         sizes = training_sizes(options, family, references)
-        with offload_models(family.pipe, device=device), torch.random.fork_rng():
+        with offload_models(family.denoiser, device=device), family.ready_to_draw(device), torch.random.fork_rng():
             draw_class_pictures(family, options, sizes, accelerator.process_index, accelerator.num_processes)
         accelerator.wait_for_everyone()
     with offload_models(family.pipe.vae, device=device):
@@ -169,7 +174,7 @@ def adapt(family: Family, options: LoraOptions, device: torch.device, autocast: 
     """Put the LoRA into the pipeline, and its UNet into the form that trains fastest."""
     if family.denoiser_name == "unet" and device.type == "cpu":
         family.pipe.unet.set_attn_processor(AttnProcessor())  # SDPA's backward pass is never faster there
-    if family.denoiser_name == "unet" and autocast:
+    if family.denoiser_name == "unet" and autocast in HALF.values():
         family.pipe.unet.to(memory_format=torch.channels_last)  # half-precision convolutions want channels last
     return add_adapters(family, options, autocast)
 
@@ -188,7 +193,8 @@ class LoraRun:
         if accelerator.num_processes == 1:
             sharding = None
         device, autocast = accelerator.device, choose_autocast(options.precision, accelerator)
-        family = load_family(options, autocast or HALF.get(accelerator.mixed_precision), device.type)
+        half = autocast or HALF.get(accelerator.mixed_precision)
+        family = load_family(options, half, device.type)
         trained_text(family, options)  # may refuse: better now than after the pictures
         self.options, self.accelerator, self.family, self.sharding = options, accelerator, family, sharding
         self.noising = noising_of(family.pipe.scheduler, options)
@@ -208,7 +214,8 @@ class LoraRun:
         else:
             self.model, self.optimizer, self.schedule = accelerator.prepare(self.adapted, optimizer, schedule)
         self.adapted.drop(True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
+        ours = autocast == torch.float16 and accelerator.scaler is None  # accelerate scales under its own float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=ours)
         self.ema = EMAModel(self.trained, decay=options.ema_decay) if options.ema_decay else None
         if self.scaler.is_enabled():
             accelerator.register_for_checkpointing(self.scaler)
@@ -306,8 +313,7 @@ class LoraRun:
             stack.enter_context(self.as_saved())
             stack.enter_context(torch.random.fork_rng())
             stack.enter_context(torch.no_grad())
-            others = [pipe.vae, *self.family.text_encoders().values()]
-            stack.enter_context(offload_models(*others, device=self.accelerator.device))
+            stack.enter_context(self.family.ready_to_draw(self.accelerator.device))
             if unet is not None:
                 stack.callback(unet.set_attn_processor, unet.attn_processors)
                 unet.set_attn_processor(dict(self.stock_processors))  # it empties what it is given
