@@ -121,7 +121,7 @@ def test_gradient_is_the_slope_of_the_reward_in_every_family(name, folders, opti
         for sign in (1, -2):
             for parameter, slope in zip(run.trained, slopes):
                 parameter += sign * step * slope / length
-            values.append(float(run.reward.loss(run.predict, 1)))
+            values.append(float(sum(run.reward.losses(run.predict, 1))))
     assert values[0] > values[1]
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(float(length), rel=0.1)
 
@@ -170,7 +170,7 @@ def test_rewarded_training_raises_the_reward(options):
 
     def identity() -> float:
         with torch.no_grad():
-            return -float(run.reward.loss(run.predict, 10_000)) / options.reward_weight
+            return -float(sum(run.reward.losses(run.predict, 10_000))) / options.reward_weight
 
     before = identity()
     for step in range(1, 31):

@@ -300,7 +300,7 @@ def test_training_fits_the_reference(options, tiny_pipeline_dir):
             batch = make_batch(data, flow_noising, options, turn)
             rows = {name: tensor[[0] * len(batch.frame)] for name, tensor in table.items()}
             predicted = family.denoise(pipe.unet, batch.noised.noisy, batch.noised.timesteps, rows, batch.frame)
-            losses.append(batch_loss(predicted, batch, 1.0))
+            losses.append(batch_loss(predicted, batch))
         return float(torch.stack(losses).mean())
 
     before = held_noise_loss()

@@ -28,6 +28,7 @@ from nearid_personalize.training.cached import (
     make_batch,
     read_class_pictures,
     read_references,
+    shares,
     shuffled_indices,
 )
 from nearid_personalize.training.families import StableDiffusion
@@ -135,7 +136,8 @@ def test_pictures_of_any_shape_fall_into_buckets(options, family, photo_dir):
     for turn in range(6):
         batch = make_batch(data, flow_noising, options, turn)
         assert len(batch.noised.noisy) == 4
-        assert batch.num_references == (2 if batch.noised.noisy.shape[1:] == (4, 8, 8) else 4)
+        own_size = batch.noised.noisy.shape[1:] != (4, 8, 8)
+        assert batch.share.tolist() == ([0.25] * 4 if own_size else [0.5] * 4)  # else half of them are the class's
 
 
 def test_importance_is_the_mask_on_the_latents_grid(options, family):
@@ -219,7 +221,7 @@ def test_loss_matches_a_slow_oracle():
     predicted, target = torch.randn(2, 3, 2, 4, 4, generator=generator)
     importance, weights = torch.rand(3, 4, 4, generator=generator), torch.rand(3, generator=generator)
     noised = Noised(target, target, torch.zeros(3), weights)
-    batch = Batch(noised, importance, torch.zeros(3, 6), torch.zeros(1), torch.zeros(3), num_references=2)
+    batch = Batch(noised, importance, shares(2, 1, 0.7), torch.zeros(3, 6), torch.zeros(1), torch.zeros(3))
     errors = []
     for i in range(3):
         total = sum(
@@ -230,7 +232,7 @@ def test_loss_matches_a_slow_oracle():
         )
         errors.append(float(weights[i]) * total / (2 * float(importance[i].sum())))
     expected = (errors[0] + errors[1]) / 2 + 0.7 * errors[2]
-    assert float(batch_loss(predicted, batch, 0.7)) == pytest.approx(expected, rel=1e-5)
-    plain = dataclasses.replace(batch, importance=torch.ones(3, 4, 4), num_references=3)
+    assert float(batch_loss(predicted, batch)) == pytest.approx(expected, rel=1e-5)
+    plain = dataclasses.replace(batch, importance=torch.ones(3, 4, 4), share=shares(3, 0, 0.7))
     expected = float((weights * ((predicted - target) ** 2).mean(dim=(1, 2, 3))).mean())
-    assert float(batch_loss(predicted, plain, 0.7)) == pytest.approx(expected, rel=1e-5)
+    assert float(batch_loss(predicted, plain)) == pytest.approx(expected, rel=1e-5)

@@ -25,7 +25,7 @@ FEATURES = {
     "class pictures": {"prior_pictures": 1, "class_prompts": ("a photo of a dog",)},
     "text LoRA": {"text_rank": 2},
     "reward": {"reward_weight": 1.0, "reward_warmup": 0.0, "reward_sampling_steps": 2},
-    "gradient checkpointing": {"gradient_checkpointing": True},
+    "gradient checkpointing": {"gradient_checkpointing": "on"},
 }
 CELLS = [
     (name, precision, feature)

@@ -42,7 +42,7 @@ def options(photo_dir: Path, tmp_path: Path) -> LoraOptions:
         precision="fp32",
         ema_decay=0.5,
         gradient_accumulation_steps=2,
-        gradient_checkpointing=True,
+        gradient_checkpointing="on",
         checkpoint_every=2,
         keep_checkpoints=True,
         validate_every=2,

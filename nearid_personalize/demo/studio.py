@@ -373,7 +373,7 @@ def lora_options(lesson: Lesson, usual_steps: int | None = None) -> "LoraOptions
     else:
         prompt = f"a photo of {TOKEN} {lesson.word}"
         options = LoraOptions(lesson.base_model, lesson.photos, lesson.output, prompt, batch_size=1, seed=lesson.seed)
-        options = replace(options, steps=steps or options.steps, gradient_checkpointing=True)
+        options = replace(options, steps=steps or options.steps, gradient_checkpointing="on")
     return replace(options, validate_every=max(1, options.steps // LOOKS_WHILE_TRAINING))
 
 

@@ -94,8 +94,6 @@ def add_adapters(family: Family, options: LoraOptions, autocast: torch.dtype | N
     cast_training_params(denoiser, torch.float32)
     for name in names:
         add_text_adapter(getattr(family.pipe, name), family.tokenizer(name), rank, options)
-    if options.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
     return PromptedDenoiser(family, names, autocast)
 
 

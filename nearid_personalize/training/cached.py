@@ -256,18 +256,54 @@ def encode_all(
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass, on the CPU: what is asked, of which prompts, and how much each error counts.
+    """Pictures that are learnt from together, on the CPU: what is asked, of which prompts, how much each error counts.
 
-    importance: [B,h,w]. frame: [B,6]. prompts: which rows of the table, each once; prompt_index: [B], into them.
-    num_references: they come first.
+    importance: [B,h,w], inside a picture. share: [B], of each picture's error in the loss, see `shares`. frame: [B,6].
+    prompts: which rows of the table, each once; prompt_index: [B], into them.
     """
 
     noised: Noised
     importance: Tensor
+    share: Tensor
     frame: Tensor
     prompts: Tensor
     prompt_index: Tensor
-    num_references: int
+
+    def __len__(self) -> int:
+        return len(self.share)
+
+    def part(self, rows: slice) -> "Batch":
+        """Some of the pictures: the losses of the parts add up to that of the whole batch."""
+        prompts, prompt_index = self.prompts[self.prompt_index[rows]].unique(return_inverse=True)
+        noised = self.noised
+        return Batch(
+            noised=Noised(
+                noisy=noised.noisy[rows],
+                target=noised.target[rows],
+                timesteps=noised.timesteps[rows],
+                weights=noised.weights[rows],
+            ),
+            importance=self.importance[rows],
+            share=self.share[rows],
+            frame=self.frame[rows],
+            prompts=prompts,
+            prompt_index=prompt_index,
+        )
+
+    def cut(self, size: int) -> "list[Batch]":
+        """Parts of at most `size` pictures."""
+        return [self.part(rows) for rows in parts(len(self), size)]
+
+
+def shares(references: int, priors: int, prior_weight: float) -> Tensor:
+    """How much each error counts, [references + priors]: the references' mean plus `prior_weight` times the priors'."""
+    of_prior = prior_weight / max(1, priors)
+    return torch.tensor([1 / references] * references + [of_prior] * priors)
+
+
+def parts(count: int, size: int) -> list[slice]:
+    """Cut `count` things into runs of at most `size`."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def shuffled_indices(start: int, count: int, size: int, seed: int) -> list[int]:
@@ -315,17 +351,17 @@ def make_batch(data: TrainingSet, noising: Noising, options: LoraOptions, turn: 
         numbers[dropped] = data.prompts.index(NO_CAPTION)
     prompts, prompt_index = numbers.unique(return_inverse=True)
     return Batch(
-        noising(latents, noise, levels),
-        torch.stack([sample.importance for sample in samples]),
-        torch.stack([sample.frame for sample in samples]),
-        prompts,
-        prompt_index,
-        references,
+        noised=noising(latents, noise, levels),
+        importance=torch.stack([sample.importance for sample in samples]),
+        share=shares(references, len(chosen) - references, options.prior_weight),
+        frame=torch.stack([sample.frame for sample in samples]),
+        prompts=prompts,
+        prompt_index=prompt_index,
     )
 
 
-def batch_loss(predicted: Tensor, batch: Batch, prior_weight: float) -> Tensor:
-    """Weighted squared error: the references' mean plus `prior_weight` times the prior pictures' mean.
+def batch_loss(predicted: Tensor, batch: Batch) -> Tensor:
+    """Weighted squared error, each picture's times its share.
 
     predicted: [B,C,h,w]. Inside a picture the error is averaged by importance, so small subjects count as large ones.
     """
@@ -336,8 +372,4 @@ def batch_loss(predicted: Tensor, batch: Batch, prior_weight: float) -> Tensor:
     else:
         importance = batch.importance.to(device)
         errors = (errors.mean(dim=1) * importance).sum(dim=(1, 2)) / importance.sum(dim=(1, 2))
-    errors = errors * batch.noised.weights.to(device)
-    loss = errors[: batch.num_references].mean()
-    if len(errors) == batch.num_references:
-        return loss
-    return loss + prior_weight * errors[batch.num_references :].mean()
+    return (errors * (batch.noised.weights * batch.share).to(device)).sum()

@@ -46,6 +46,8 @@ class Family:
     distilled_guidance: float = 1.0  # what a guidance-distilled denoiser is told
     text_rank: ClassVar[int] = 0
     patch: ClassVar[int] = 2  # latent rows and columns that the denoiser takes as one
+    pixels_at_once: ClassVar[int] = 1024**2  # of a micro-batch in the memory that docs/memory.md names
+    checkpointed: ClassVar[bool] = False  # whether gradients need to be checkpointed there
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe = pipe

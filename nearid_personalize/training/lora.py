@@ -12,8 +12,9 @@ uninterrupted one. What differs between model families is in `families`; what FS
 
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,18 +22,15 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    FullyShardedDataParallelPlugin,
-    broadcast_object_list,
-    set_seed,
-)
+from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list, set_seed
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel, offload_models
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nearid_personalize.errors import InputError
 from nearid_personalize.images import check_writable
 from nearid_personalize.training.adapters import (
     PromptedDenoiser,
@@ -42,7 +40,7 @@ from nearid_personalize.training.adapters import (
     parameter_groups,
     trained_text,
 )
-from nearid_personalize.training.base_model import family_of, load_base_model
+from nearid_personalize.training.base_model import load_base_model
 from nearid_personalize.training.cached import (
     Batch,
     Picture,
@@ -68,7 +66,15 @@ from nearid_personalize.training.lora_options import LoraOptions
 from nearid_personalize.training.noising import noising_of
 from nearid_personalize.training.publishing import finish_trackers, start_trackers, tracker_arguments
 from nearid_personalize.training.reward import Enrolled, IdentityTerm, enroll_reward
-from nearid_personalize.training.sharding import average_gradients, follow, lead, requested_sharding, shard_frozen
+from nearid_personalize.training.sharding import (
+    average_gradients,
+    everywhere,
+    follow,
+    lead,
+    requested_sharding,
+    same_everywhere,
+    shard_frozen,
+)
 from nearid_personalize.training.validation_plan import asked_steps
 
 __all__ = ["WEIGHTS_NAME", "LoraOptions", "Snapshot", "load_lora", "read_metadata", "save_lora", "train_lora"]
@@ -124,9 +130,7 @@ def load_family(options: LoraOptions, half: torch.dtype | None = None, device: s
 
     half: type of the frozen weights where `base_precision` asks for half precision.
     """
-    family = family_of(options)
-    halves = options.base_precision == "same"
-    halves |= options.base_precision == "auto" and family.denoiser_name == "transformer" and device != "cpu"
+    halves = options.base_precision == "same" or (options.base_precision == "auto" and device != "cpu")
     return load_base_model(options, half if half and halves else torch.float32)
 
 
@@ -202,6 +206,9 @@ class LoraRun:
         self.reward = IdentityTerm(options, family, self.data, *enrolled) if enrolled else None
         self.stock_processors = getattr(family.denoiser, "attn_processors", {})
         self.adapted = adapt(family, options, device, autocast)
+        self.micro_batch = micro_batch_size(options, family, self.data)
+        if checkpoints_gradients(options, family, device.type):
+            family.denoiser.enable_gradient_checkpointing()
         self.trained = [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(parameter_groups(self.adapted, options), options)
         schedule = make_schedule(optimizer, options)
@@ -209,10 +216,10 @@ class LoraRun:
         if sharding:
             shard_frozen(family.denoiser, device, sharding)
             self.adapted.text.to(device)
-            self.model = accelerator.prepare_model(self.adapted, device_placement=False, evaluation_mode=True)
-            self.optimizer, self.schedule = accelerator.prepare(optimizer, schedule)
-        else:
-            self.model, self.optimizer, self.schedule = accelerator.prepare(self.adapted, optimizer, schedule)
+        # The loop itself averages the gradients: memory may run out in one process, and then all begin the step anew
+        self.model = accelerator.prepare_model(self.adapted, None if not sharding else False, evaluation_mode=True)
+        self.optimizer, self.schedule = accelerator.prepare(optimizer, schedule)
+        same_everywhere(self.trained)
         self.adapted.drop(True)
         ours = autocast == torch.float16 and accelerator.scaler is None  # accelerate scales under its own float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=ours)
@@ -236,32 +243,56 @@ class LoraRun:
         return model(*(a if isinstance(a, dict) else a.to(device) for a in asked))
 
     def take_step(self, step: int) -> float:
-        """Do optimizer step number `step`, counted from 1; return the loss of its last forward pass."""
-        loss = self.add_gradients(step)
-        if self.sharding:
-            average_gradients(self.trained, self.accelerator)
+        """Do optimizer step number `step`, counted from 1; return the loss of its last batch."""
+        accelerator = self.accelerator
+        loss = self.make_gradients(step)
+        if accelerator.num_processes > 1:
+            average_gradients(self.trained, accelerator)
         self.scaler.unscale_(self.optimizer)
-        self.accelerator.clip_grad_norm_(self.trained, self.options.max_gradient_norm)
+        accelerator.clip_grad_norm_(self.trained, self.options.max_gradient_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
         self.optimizer.zero_grad()
         if self.ema:
             self.ema.step(self.trained)
-        return loss.item()
+        return loss
 
-    def add_gradients(self, step: int) -> Tensor:
-        """Do the passes of optimizer step number `step`, forward and back; return the loss of the last."""
+    def make_gradients(self, step: int) -> float:
+        """Make this process's gradients of a step, as often as it takes until they fit; the last batch's loss."""
+        while (loss := self.try_gradients(step)) is None:
+            self.use_less_memory()
+        return loss
+
+    def try_gradients(self, step: int) -> float | None:
+        """Make this process's gradients of a step; the last batch's loss, None where memory ran out in any process."""
+        loss = None
+        try:
+            loss = self.add_gradients(step)
+        except RuntimeError as error:
+            # Sharded processes wait for each other inside the passes: none could begin anew
+            if self.sharding or not should_reduce_batch_size(error):
+                raise
+        if everywhere(loss is not None, self.accelerator):
+            return loss
+        self.optimizer.zero_grad()
+        clear_device_cache(garbage_collection=True)  # outside the handler: the traceback keeps what the failed pass had
+        return None
+
+    def add_gradients(self, step: int) -> float:
+        """Add up the gradients of a step's batches, a micro-batch at a time; the last batch's loss."""
         accelerator, passes = self.accelerator, self.options.gradient_accumulation_steps
         if self.reward and self.reward.due(step):
             self.add_reward(self.reward, step)
         for index in range((step - 1) * passes, step * passes):
             turn = index * accelerator.num_processes + accelerator.process_index
             batch = make_batch(self.data, self.noising, self.options, turn)
-            with nullcontext() if index + 1 == step * passes else accelerator.no_sync(self.model):
-                loss = batch_loss(self.predict(batch), batch, self.options.prior_weight)
+            total = torch.zeros((), device=accelerator.device)
+            for micro_batch in batch.cut(self.micro_batch):
+                loss = batch_loss(self.predict(micro_batch), micro_batch)
                 accelerator.backward(self.scaler.scale(loss / passes))
-        return loss
+                total += loss.detach()
+        return total.item()
 
     def seconds_per_step(self, clock: Callable[[], float]) -> float:
         """The time of an optimizer step, on average over the run, from passes that leave no trace; in every process."""
@@ -278,20 +309,38 @@ class LoraRun:
     def seconds_of(self, step: int, clock: Callable[[], float]) -> float:
         """The time of the passes of a step, whose gradients are thrown away."""
         began, device = clock(), self.accelerator.device
-        self.add_gradients(step)
+        self.make_gradients(step)
         if device.type != "cpu":
             torch.get_device_module(device).synchronize()
         self.optimizer.zero_grad()
         return clock() - began
 
     def add_reward(self, reward: IdentityTerm, step: int) -> None:
-        """Add the reward's gradient of optimizer step number `step`; the passes that follow synchronise it."""
+        """Add the reward's gradient of optimizer step number `step`."""
         accelerator = self.accelerator
+        place, places = accelerator.process_index, accelerator.num_processes
         self.adapted.drop(False)  # the pictures are those that the LoRA draws
-        with accelerator.no_sync(self.model):
-            loss = reward.loss(self.predict, step, accelerator.process_index, accelerator.num_processes)
-            accelerator.backward(self.scaler.scale(loss))
-        self.adapted.drop(True)
+        try:
+            for loss in reward.losses(self.predict, step, place, places, self.micro_batch):
+                accelerator.backward(self.scaler.scale(loss))
+        finally:
+            self.adapted.drop(True)
+
+    def use_less_memory(self) -> None:
+        """Halve the micro-batch; at one picture, checkpoint the gradients. InputError when neither is left."""
+        denoiser = self.family.denoiser
+        if self.micro_batch > 1:
+            self.micro_batch = math.ceil(self.micro_batch / 2)
+        elif self.options.gradient_checkpointing == "auto" and not denoiser.is_gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        else:
+            raise InputError(
+                "out of memory with one picture at a time: try --gradient-checkpointing on, a smaller --resolution, "
+                "or --base-precision same"
+            )
+        if self.accelerator.is_main_process:
+            recomputed = ", gradient checkpointing" if denoiser.is_gradient_checkpointing else ""
+            tqdm.write(f"out of memory: going on with micro-batches of {self.micro_batch}{recomputed}", sys.stderr)
 
     @contextmanager
     def as_saved(self) -> Iterator[None]:
@@ -334,8 +383,9 @@ class LoraRun:
         data, table = prepare_data(self.family, options, pictures, self.accelerator)
         passes = math.ceil(LOSS_DRAWS / len(pictures))
         batches = [make_batch(data, self.noising, options, turn) for turn in range(passes)]
-        losses = [batch_loss(self.ask(self.adapted, table, batch), batch, 0.0) for batch in batches]
-        return float(torch.stack(losses).mean())
+        micro_batches = [micro_batch for batch in batches for micro_batch in batch.cut(self.micro_batch)]
+        losses = [batch_loss(self.ask(self.adapted, table, one), one) for one in micro_batches]
+        return float(torch.stack(losses).sum()) / passes
 
     def write_lora(self, folder: Path, step: int, **metadata: Any) -> None:
         """Write the LoRA file, and in it how it was made."""
@@ -354,6 +404,21 @@ class LoraRun:
             told["reward"] = {"model": options.reward_model, "weight": options.reward_weight, "ended_after": ended}
         with self.as_saved():
             save_lora(self.adapted, folder, {**told, **metadata})
+
+
+def micro_batch_size(options: LoraOptions, family: Family, data: TrainingSet) -> int:
+    """How many pictures of a batch go through at once; those of "auto" have the pixels that the family allows."""
+    if options.micro_batch_size != "auto":
+        return min(options.micro_batch_size, options.batch_size)
+    pixels = max(int(sample.frame[4] * sample.frame[5]) for sample in data.samples)
+    return min(max(1, family.pixels_at_once // pixels), options.batch_size)
+
+
+def checkpoints_gradients(options: LoraOptions, family: Family, device: str) -> bool:
+    """Whether gradients are checkpointed from the first step on."""
+    if options.gradient_checkpointing == "auto":
+        return family.checkpointed and device != "cpu"
+    return options.gradient_checkpointing == "on"
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -420,11 +485,7 @@ def train_lora(options: LoraOptions, validate: Validate | None = None, on_step: 
     Raises InputError for unusable references, base model, token, checkpoint or output folder.
     """
     with requested_sharding() as sharding:
-        # Of SDXL's first text encoder, the last layer is not used
-        unused = DistributedDataParallelKwargs(find_unused_parameters=bool(options.text_rank))
-        accelerator = Accelerator(
-            step_scheduler_with_optimizer=False, kwargs_handlers=[unused], **tracker_arguments(options)
-        )
+        accelerator = Accelerator(step_scheduler_with_optimizer=False, **tracker_arguments(options))
         references = read_references(options)
         same = {"references": fingerprint(references), "number of processes": accelerator.num_processes}
         checkpoint = find_checkpoint(options, same)

@@ -15,6 +15,7 @@ from nearid_personalize.training.lora_options import LoraOptions, flat
 
 BOOKKEEPING = {"output", "resume", "checkpoint_every", "checkpoints_total_limit", "keep_checkpoints", "validate_every"}
 BOOKKEEPING |= {"report_to", "push_to_hub"}
+BOOKKEEPING |= {"micro_batch_size", "gradient_checkpointing"}  # the gradients are the same
 
 
 def save_only_adapters(accelerator: Accelerator, model: nn.Module) -> None:

@@ -88,9 +88,12 @@ class LoraOptions:
     steps: int = 400
     """Optimizer steps."""
     batch_size: int = 8
-    """Pictures per forward pass and process."""
+    """Pictures per batch and process."""
+    micro_batch_size: int | Literal["auto"] = "auto"
+    """Pictures of a batch that are on the device at once; what is learnt does not depend on it. auto: by base model
+    and resolution. Halved when memory runs out."""
     gradient_accumulation_steps: int = 1
-    """Forward passes per optimizer step."""
+    """Batches per optimizer step."""
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
     """adamw8bit needs bitsandbytes; prodigy needs prodigyopt and finds its learning rates itself."""
     learning_rate: float | None = None
@@ -134,9 +137,10 @@ class LoraOptions:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the arithmetic. auto: what `accelerate launch` says, else bf16 where the hardware multiplies it."""
     base_precision: Literal["auto", "fp32", "same"] = "auto"
-    """Of the frozen weights. same: as `precision`. auto: same for transformers on an accelerator, else fp32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations instead of keeping them: less memory, slower by 1.4 to 2."""
+    """Of the frozen weights. same: as `precision`. auto: same on an accelerator, else fp32."""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Recompute activations instead of keeping them: less memory, slower by 1.4 to 2. auto: for the large base models
+    on an accelerator, and when one picture does not fit."""
     reward_weight: float = 0.0
     """Weight of identity as reward, beside the denoising loss, once the warm-up is over. 0: none."""
     reward_model: str = ""
@@ -175,6 +179,8 @@ class LoraOptions:
     def __post_init__(self) -> None:
         for name in ("rank", "steps", "batch_size", "gradient_accumulation_steps", "checkpoints_total_limit"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        micro = self.micro_batch_size
+        require(micro == "auto" or micro >= 1, "micro_batch_size", micro, "auto, or at least 1")
         least_zero = ("text_rank", "prior_pictures", "prior_weight", "seed", "checkpoint_every", "validate_every")
         for name in (*least_zero, "warmup_steps", "weight_decay", "noise_offset"):
             require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "0 or more")

@@ -8,17 +8,18 @@ reward ends and the training goes on without it.
 Letters: B pictures, C h w latent channels and size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nearid_personalize.errors import InputError
 from nearid_personalize.rewards import identity_reward, require_other_head
 from nearid_personalize.scorer import IdentityScorer, Subject
-from nearid_personalize.training.cached import Batch, Picture, TrainingSet, shuffled_indices
+from nearid_personalize.training.cached import Batch, Picture, TrainingSet, parts, shuffled_indices
 from nearid_personalize.training.families import Family
 from nearid_personalize.training.lora_options import LoraOptions
 from nearid_personalize.training.noising import Noised, sample, trajectory_of
@@ -74,30 +75,47 @@ class IdentityTerm:
         own = {data.samples[index].prompt: None for index in range(data.num_references)}
         self.prompts = [data.prompts.index(prompt) for prompt in options.reward_prompts] or list(own)
         self.guard = RewardGuard(options.reward_max_drop, options.first_reward_step)
-        family.pipe.vae.to(scorer.model.device).requires_grad_(False)
+        vae = family.pipe.vae.to(scorer.model.device).requires_grad_(False)
+        if vae._supports_gradient_checkpointing:  # block by block, inside what `decode` recomputes
+            vae.enable_gradient_checkpointing()
 
     def due(self, step: int) -> bool:
         """Whether optimizer step number `step`, counted from 1, is rewarded."""
         since = step - self.options.first_reward_step
         return since >= 0 and since % self.options.reward_every == 0 and self.guard.stopped_at is None
 
-    def loss(self, predict: Callable[[Batch], Tensor], step: int, place: int = 0, places: int = 1) -> Tensor:
-        """Draw the rewarded pictures of a step; minus their mean identity, times the weight.
+    def losses(
+        self, predict: Callable[[Batch], Tensor], step: int, place: int = 0, places: int = 1, at_once: int | None = None
+    ) -> Iterator[Tensor]:
+        """Draw the rewarded pictures of a step, `at_once` of them at a time (None: all).
+
+        The losses add up to minus the mean identity, times the weight.
 
         predict: the denoiser's answer to a batch. place: this process among `places`, each with a batch of its own. A
         picture's noise is a function of the seed and its number, counted over steps and processes.
         """
-        options = self.options
-        size = options.reward_batch_size
+        size = self.options.reward_batch_size
         first = ((step - 1) * places + place) * size
+        for part in parts(size, at_once or size):
+            yield self.loss_of(predict, step, range(first, first + size)[part])
+
+    def loss_of(self, predict: Callable[[Batch], Tensor], step: int, numbers: range) -> Tensor:
+        """The part of the loss that the pictures of these numbers are."""
+        options = self.options
         like = self.data.samples[step % self.data.num_references]
-        drawn = [noise_of(options.seed, number, like.latents.shape[1:]) for number in range(first, first + size)]
-        chosen = shuffled_indices(first, size, len(self.prompts), options.seed)
+        drawn = [noise_of(options.seed, number, like.latents.shape[1:]) for number in numbers]
+        chosen = shuffled_indices(numbers.start, len(numbers), len(self.prompts), options.seed)
         asking = guided(
             predict, [self.prompts[i] for i in chosen], self.data, like.frame, options.reward_guidance_scale
         )
         latents = sample(asking, torch.stack(drawn).to(self.scorer.model.device), self.path, options.reward_steps)
-        return -options.reward_weight * identity_reward(self.family.decode(latents), self.scorer, self.subject).mean()
+        scores = identity_reward(decode(self.family, latents), self.scorer, self.subject)
+        return -options.reward_weight * scores.sum() / options.reward_batch_size
+
+
+def decode(family: Family, latents: Tensor) -> Tensor:
+    """`Family.decode` that keeps nothing for its gradient: each picture is decoded again when its turn has come."""
+    return torch.cat([checkpoint(family.decode, one, use_reentrant=False) for one in latents.split(1)])
 
 
 def noise_of(seed: int, number: int, shape: Sequence[int]) -> Tensor:
@@ -121,7 +139,10 @@ def guided(
         noisy, timesteps = noisy.repeat(copies, 1, 1, 1), timesteps.repeat(copies)
         ones = torch.ones(len(noisy))
         question = Noised(noisy, noisy, timesteps, ones)  # nothing is compared with the target
-        predicted = predict(Batch(question, ones, frames, rows, prompt_index, len(noisy)))
+        batch = Batch(
+            noised=question, importance=ones, share=ones, frame=frames, prompts=rows, prompt_index=prompt_index
+        )
+        predicted = predict(batch)
         if copies == 1:
             return predicted
         shown, plain = predicted.chunk(2)

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
+    broadcast,
     broadcast_object_list,
     patch_environment,
     send_to_device,
@@ -43,7 +44,7 @@ def requested_sharding() -> Iterator[FullyShardedDataParallelPlugin | None]:
     if plugin.fsdp_version != 2:
         raise InputError(f"fsdp_version {plugin.fsdp_version}: choose version 2 in `accelerate config`")
     if plugin.activation_checkpointing:
-        raise InputError("fsdp_activation_checkpointing true: give the trainer --gradient-checkpointing instead")
+        raise InputError("fsdp_activation_checkpointing true: give the trainer --gradient-checkpointing on instead")
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise InputError("fsdp_offload_params true: the weights stay on the GPUs; give false, and more processes")
     with patch_environment(**{REQUESTED: "false"}):
@@ -64,6 +65,18 @@ def shard_frozen(denoiser: ModelMixin, device: torch.device, plugin: FullySharde
     for module in reversed(list(denoiser.modules())):  # inner ones first
         if module is denoiser or type(module).__name__ in blocks:
             fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, ignored_params=trained)
+
+
+def same_everywhere(parameters: Sequence[nn.Parameter]) -> None:
+    """Give every process the main process's values."""
+    vector_to_parameters(broadcast(parameters_to_vector(parameters).detach()), parameters)
+
+
+def everywhere(holds: bool, accelerator: Accelerator) -> bool:
+    """Whether something holds in every process."""
+    if accelerator.num_processes == 1:
+        return holds
+    return bool(accelerator.reduce(torch.tensor(float(holds), device=accelerator.device)) == accelerator.num_processes)
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
