@@ -37,7 +37,7 @@ def load_base_model(options: LoraOptions, dtype: torch.dtype) -> Family:
     """
     family, (source, _) = family_of(options), base_model_source(options)
     load = load_single_file if Path(source).is_file() else load_folder
-    with _named(options):
+    with named_faults(options):
         pipe = load(family, options, dtype)
     check_denoiser_precision(pipe, dtype)
     pipe.set_progress_bar_config(disable=True)
@@ -65,12 +65,16 @@ def base_model_source(options: LoraOptions) -> tuple[str, str | None]:
 
 def family_of(options: LoraOptions) -> type[Family]:
     """The base model's family, from its configuration alone. Raises InputError as `load_base_model` does."""
+    return family_class(read_index(options)[0]["_class_name"], options.base_model)
+
+
+def read_index(options: LoraOptions) -> tuple[dict[str, Any], str, str | None]:
+    """The base model's `model_index.json`, and where its configurations lie: folder or Hub id, and revision."""
     source, revision = base_model_source(options)
-    with _named(options):
+    with named_faults(options):
         if Path(source).is_file():
             source, revision = config_of_file(Path(source), options), None
-        name = DiffusionPipeline.load_config(source, revision=revision)["_class_name"]
-    return family_class(name, options.base_model)
+        return DiffusionPipeline.load_config(source, revision=revision), source, revision
 
 
 def config_of_file(file: Path, options: LoraOptions) -> str:
@@ -126,7 +130,7 @@ def recommended_rates(folder: Path) -> dict[str, float]:
 
 
 @contextmanager
-def _named(options: LoraOptions) -> Iterator[None]:
+def named_faults(options: LoraOptions) -> Iterator[None]:
     """Turn what the libraries say of files that are missing or damaged into one line that names the flag."""
     try:
         yield

@@ -23,6 +23,8 @@ from nearid_personalize.errors import InputError
 Table = dict[str, Tensor]
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+CLIP_TOKENS = 77
+PROMPT_TOKENS = 64  # of a prompt of a sentence or two, where prompts are not padded
 CONTEXT_FEED_FORWARD = ("ff_context.net.0.proj", "ff_context.net.2")
 
 
@@ -120,6 +122,10 @@ class Family:
         """Embed prompts with the frozen text encoders, as sampling does."""
         raise NotImplementedError
 
+    def blank_rows(self, count: int, dtype: torch.dtype) -> Table:
+        """Rows of `count` prompts of the usual length, of the right shapes: what memory is planned with."""
+        raise NotImplementedError
+
     def embed(self, text: Mapping[str, nn.Module], table: Table) -> Table:
         """Replace what depends on the trained encoders `text` by embeddings of the ids in `table`, with gradients."""
         raise NotImplementedError
@@ -172,6 +178,10 @@ class StableDiffusion(Family):
     def embed(self, text: Mapping[str, nn.Module], table: Table) -> Table:
         return {"encoder_hidden_states": text["text_encoder"](table["text_encoder"])[0]}
 
+    def blank_rows(self, count: int, dtype: torch.dtype) -> Table:
+        width = self.denoiser.config.cross_attention_dim
+        return {"encoder_hidden_states": torch.empty(count, CLIP_TOKENS, width, dtype=dtype)}
+
     def latent_affine(self) -> tuple[Tensor | float, Tensor | float]:
         return 0.0, self.pipe.vae.config.scaling_factor  # its pipeline knows no shift
 
@@ -198,6 +208,11 @@ class StableDiffusionXL(StableDiffusion):
         hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
         return {"encoder_hidden_states": hidden, "text_embeds": second.text_embeds}
 
+    def blank_rows(self, count: int, dtype: torch.dtype) -> Table:
+        config = self.denoiser.config
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return super().blank_rows(count, dtype) | {"text_embeds": torch.empty(count, pooled, dtype=dtype)}
+
     def latent_affine(self) -> tuple[Tensor | float, Tensor | float]:
         config = self.pipe.vae.config
         if config.latents_mean is None or config.latents_std is None:
@@ -219,6 +234,9 @@ class StableDiffusion3(Family):
         prompts = list(prompts)
         hidden, _, pooled, _ = self.pipe.encode_prompt(prompts, prompts, prompts, device, 1, False)
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
+
+    def blank_rows(self, count: int, dtype: torch.dtype) -> Table:
+        return pooled_rows(self.denoiser.config, count, CLIP_TOKENS + 256, dtype)
 
     def embed(self, text: Mapping[str, nn.Module], table: Table) -> Table:
         outputs = [text[name](table[name], output_hidden_states=True) for name in self.text_names]
@@ -243,6 +261,9 @@ class Flux(Family):
     def encode_prompts(self, prompts: Sequence[str], device: torch.device) -> Table:
         hidden, pooled, _ = self.pipe.encode_prompt(list(prompts), list(prompts), device)
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
+
+    def blank_rows(self, count: int, dtype: torch.dtype) -> Table:
+        return pooled_rows(self.denoiser.config, count, 512, dtype)
 
     def embed(self, text: Mapping[str, nn.Module], table: Table) -> Table:
         pooled = text["text_encoder"](table["text_encoder"]).pooler_output
@@ -269,6 +290,10 @@ class QwenImage(Family):
         hidden, mask = self.pipe.encode_prompt(list(prompts), device)
         mask = torch.ones(hidden.shape[:2], dtype=torch.long) if mask is None else mask
         return {"encoder_hidden_states": hidden, "encoder_hidden_states_mask": mask}
+
+    def blank_rows(self, count: int, dtype: torch.dtype) -> Table:
+        hidden = torch.empty(count, PROMPT_TOKENS, self.denoiser.config.joint_attention_dim, dtype=dtype)
+        return {"encoder_hidden_states": hidden, "encoder_hidden_states_mask": torch.ones(count, PROMPT_TOKENS).long()}
 
     def guidance(self, scale: float) -> dict[str, Any]:
         return {"true_cfg_scale": scale, "negative_prompt": " "}
@@ -304,6 +329,10 @@ class ZImage(Family):
         hidden, _ = self.pipe.encode_prompt(list(prompts), device, do_classifier_free_guidance=False)
         lengths = torch.tensor([len(one) for one in hidden])
         return {"hidden": nn.utils.rnn.pad_sequence(hidden, batch_first=True), "length": lengths}
+
+    def blank_rows(self, count: int, dtype: torch.dtype) -> Table:
+        hidden = torch.empty(count, PROMPT_TOKENS, self.denoiser.config.cap_feat_dim, dtype=dtype)
+        return {"hidden": hidden, "length": torch.tensor([PROMPT_TOKENS] * count)}
 
     def denoise(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, rows: Table, frame: Tensor) -> Tensor:
         prompts = [hidden[:length] for hidden, length in zip(rows["hidden"], rows["length"].tolist())]
@@ -346,6 +375,14 @@ def cast_weights(model: Any, dtype: torch.dtype) -> Iterator[None]:
 def column(values: Sequence[float]) -> Tensor:
     """Per-channel constants as [C,1,1]."""
     return torch.tensor(values).view(-1, 1, 1)
+
+
+def pooled_rows(config: Any, count: int, tokens: int, dtype: torch.dtype) -> Table:
+    """Blank rows of a transformer that is given tokens and a pooled text."""
+    return {
+        "encoder_hidden_states": torch.empty(count, tokens, config.joint_attention_dim, dtype=dtype),
+        "pooled_projections": torch.empty(count, config.pooled_projection_dim, dtype=dtype),
+    }
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -206,7 +206,7 @@ class LoraRun:
         self.reward = IdentityTerm(options, family, self.data, *enrolled) if enrolled else None
         self.stock_processors = getattr(family.denoiser, "attn_processors", {})
         self.adapted = adapt(family, options, device, autocast)
-        self.micro_batch = micro_batch_size(options, family, self.data)
+        self.micro_batch = micro_batch_size(options, family, largest_picture(self.data))
         if checkpoints_gradients(options, family, device.type):
             family.denoiser.enable_gradient_checkpointing()
         self.trained = [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]
@@ -406,11 +406,15 @@ class LoraRun:
             save_lora(self.adapted, folder, {**told, **metadata})
 
 
-def micro_batch_size(options: LoraOptions, family: Family, data: TrainingSet) -> int:
-    """How many pictures of a batch go through at once; those of "auto" have the pixels that the family allows."""
+def largest_picture(data: TrainingSet) -> int:
+    """Pixels of the largest picture that is trained on."""
+    return max(int(sample.frame[4] * sample.frame[5]) for sample in data.samples)
+
+
+def micro_batch_size(options: LoraOptions, family: Family, pixels: int) -> int:
+    """How many pictures of so many pixels go through at once; with "auto", as many as the family allows."""
     if options.micro_batch_size != "auto":
         return min(options.micro_batch_size, options.batch_size)
-    pixels = max(int(sample.frame[4] * sample.frame[5]) for sample in data.samples)
     return min(max(1, family.pixels_at_once // pixels), options.batch_size)
 
 
