@@ -73,7 +73,7 @@ def fail_once(snapshot: Snapshot, options: LoraOptions) -> bool:
 def main(file: str) -> None:
     """Train as the file says; leave what the process held of the frozen weights."""
     told = json.loads(Path(file).read_text())
-    del told["source"]
+    told = {name: value for name, value in told.items() if not isinstance(value, dict)}  # groups have their defaults
     options = LoraOptions(**{**told, "references": Path(told["references"]), "output": Path(told["output"])})
     held: dict[str, int] = {"frozen": 0, "whole": 0}
     take_step = lora.LoraRun.take_step
