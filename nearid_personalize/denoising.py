@@ -430,10 +430,11 @@ def with_generators(step: Callable[..., Any], generators: Sequence[torch.Generat
 
     @functools.wraps(step)
     def drawing_by_row(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        if given.get("generator") is None and len(given["sample"]) == len(generators):
-            given["generator"] = list(generators)
-        return step(**given)
+        given = signature.bind(*args, **kwargs)
+        sample = given.arguments.get("sample")
+        if given.arguments.get("generator") is None and sample is not None and len(sample) == len(generators):
+            given.arguments["generator"] = list(generators)
+        return step(*given.args, **given.kwargs)
 
     return drawing_by_row
 
