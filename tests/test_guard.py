@@ -461,7 +461,8 @@ def test_a_preview_that_is_no_picture_stops_nobody(halving, monkeypatch):
     result = halving("sks dog", **call)
     unseen = result.candidates[worst.seed]
     assert unseen.status != "stopped" and unseen.previews == {} and np.isfinite(unseen.score)
-    assert [c.status for c in result.candidates].count("stopped") >= 1
+    assert [c.status for c in result.candidates].count("stopped") == 1
+    assert result.cost.denoiser_rows == 2 * (2 * 4 + 2 * 3), "both halves of guidance; it is not begun a second time"
 
 
 @pytest.mark.parametrize(
