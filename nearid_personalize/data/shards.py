@@ -98,30 +98,34 @@ def write_shard(path: Path, num_rows: int, batches: Iterable[TokenRows]) -> None
 
 
 def _write(file: BinaryIO, num_rows: int, batches: Iterable[TokenRows]) -> None:
-    slots: list[Tensor] = []
-    weights: list[Tensor] = []
-    shape: tuple[int, int, int] = (0, 0, 0)
+    # Made for all rows at once: small pieces that stay, one for each batch, would keep the memory of every batch's
+    # tokens from being used again.
+    slots, weights = torch.empty(0), torch.empty(0)
+    done, shape = 0, (0, 0, 0)
     for batch in batches:
         tokens = batch.tokens.detach().to("cpu", torch.float16).contiguous()
-        if not slots:  # what comes before the tokens has its size from now on
+        if done == 0:
             num_slots = batch.valid.shape[-1]
-            file.seek(_HEADER_BYTES + num_rows * num_slots * (2 * 8 + 4))
-        where = torch.full(batch.valid.shape, -1)
-        where[batch.valid] = torch.arange(shape[0], shape[0] + len(tokens))
-        slots.append(where)
-        weights.append(batch.anchor_weights.float())
+            slots, weights = torch.full((num_rows, 2, num_slots), -1), torch.zeros(num_rows, num_slots)
+            file.seek(_HEADER_BYTES + slots.nbytes + weights.nbytes)
+        rows = slice(done, done + len(batch.valid))
+        slots[rows][batch.valid] = torch.arange(shape[0], shape[0] + len(tokens))
+        weights[rows] = batch.anchor_weights
         file.write(tokens.numpy().reshape(-1).view(np.uint8).data)
-        shape = (shape[0] + len(tokens), *tokens.shape[1:])
-    facts = {"slots": torch.cat(slots), "anchor_weights": torch.cat(weights)}
-    assert len(facts["slots"]) == num_rows, "every row of a shard is in one of its batches"
+        done, shape = rows.stop, (shape[0] + len(tokens), *tokens.shape[1:])
+    assert done == num_rows, "every row of a shard is in one of its batches"
     file.seek(0)
     file.write(
         _header(
-            {**{name: (value.dtype, value.shape) for name, value in facts.items()}, "tokens": (torch.float16, shape)}
+            {
+                "slots": (slots.dtype, slots.shape),
+                "anchor_weights": (weights.dtype, weights.shape),
+                "tokens": (torch.float16, shape),
+            }
         )
     )
-    for value in facts.values():
-        file.write(value.contiguous().numpy().tobytes())
+    for value in (slots, weights):
+        file.write(value.numpy().tobytes())
 
 
 def _header(tensors: dict[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:
