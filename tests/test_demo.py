@@ -307,6 +307,7 @@ def test_check_and_compare(client, pet, tmp_path):
     same, overlay = client.predict(pet[:2], pet[2:], api_name="/compare")
     other, _ = client.predict(pet[:2], [gradio_client.handle_file(stranger)], api_name="/compare")
     assert same["verdict"] == "same" and other["verdict"] == "different" and other["score"] < same["score"]
+    assert same["false_accept_rate"] <= 0.01 < other["false_accept_rate"]
     assert Image.open(overlay).size == (64, 64)
 
 

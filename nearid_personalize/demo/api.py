@@ -65,9 +65,10 @@ class Endpoints:
             found = self.studio.compare(*sides)
             overlay = one.new_folder("compare") / "where-they-differ.png"
             save_image(found.drift.overlay, overlay)
-            limits = {"different_below": found.different_below, "same_from": found.same_from}
+            answer = found.answer
+            rates = {"false_accept_rate": answer.false_accept_rate, "false_reject_rate": answer.false_reject_rate}
             yield (
-                {"verdict": found.verdict, "score": found.score, **limits, "calibrated": found.calibrated},
+                {"verdict": answer.verdict, "score": answer.score, **rates},
                 str(overlay),
             )
 

@@ -247,7 +247,7 @@ def compare_tab(studio: Studio, max_photos: int) -> None:
         found = studio.compare(left, right)
         figures = pictures.side_by_side(
             pictures.figure(left[found.drift.nearest], "The left picture most like it"),
-            pictures.figure(right[0], "The right picture"),
+            pictures.figure(right[found.answer.nearest_picture], "The right picture"),
             pictures.figure(found.drift.overlay, "Where the right one differs, in red"),
         )
         return {"answer": words.comparison(found) + figures}

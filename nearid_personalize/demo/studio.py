@@ -21,8 +21,9 @@ from nearid_personalize.images import load_image, save_image
 from nearid_personalize.loading import load_pipeline
 from nearid_personalize.photos import PhotoCheck, check_photos
 from nearid_personalize.report import heat_overlay, write_generation
-from nearid_personalize.scorer import IdentityScorer, Subject, identity_scores
+from nearid_personalize.scorer import IdentityScorer, Subject
 from nearid_personalize.selection import DEFAULT_POLICY
+from nearid_personalize.verification import Verification, verify
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -41,9 +42,6 @@ CARD_SCALES, CARD_SEEDS = (0.8, 1.0), 2
 
 LOOKS_WHILE_TRAINING = 4
 SAMPLE_STEPS, SAMPLES = 10, 2  # pictures drawn at each look, and their denoising steps
-
-Verdict = Literal["same", "different", "unsure"]
-
 
 # --- what is asked, what is told -------------------------------------------------------------------------------------
 
@@ -159,17 +157,9 @@ class Drift:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two pictures or sets: the score of the second against the first, and between which thresholds it lies.
+    """Two pictures or sets: `verify` of the second against the first, and where its nearest picture differs."""
 
-    different_below, same_from: cosines; between them lies what cannot be said. heat: the second's first picture.
-    calibrated: whether error rates are known for the thresholds.
-    """
-
-    verdict: Verdict
-    score: float
-    different_below: float
-    same_from: float
-    calibrated: bool
+    answer: Verification
     drift: Drift
 
 
@@ -212,15 +202,12 @@ class Studio:
         return Drift(found.reference_index, overlay, found.score, found.peak_rise)
 
     def compare(self, first: Sequence[Image.Image], second: Sequence[Image.Image]) -> Comparison:
-        """Do two pictures, or sets of them, show the same subject? The score is the mean of the second's pictures'."""
+        """Do two pictures, or sets of them, show the same subject? The second's are pictures of one item."""
         if not first or not second:
             raise InputError("compare: one side is empty; give a picture on each")
         with self._looking:
-            subject = self.scorer.enroll(first)
-            score = float(identity_scores(self.scorer.embed(second), subject.embeddings, subject.aggregation).mean())
-        low, high = doubt(subject)
-        verdict: Verdict = "same" if score >= high else "different" if score < low else "unsure"
-        return Comparison(verdict, score, low, high, bool(subject.known), self.drift(second[0], first))
+            (answer,) = verify(self.scorer, self.scorer.enroll(first), [list(second)])
+        return Comparison(answer=answer, drift=self.drift(second[answer.nearest_picture], first))
 
     # Long jobs: one at a time
 
@@ -390,17 +377,6 @@ def enrolled(scorer: IdentityScorer, photos: Sequence[Image.Image], strictness: 
         raise InputError(f"strictness {strictness!r}: give {', '.join(FALSE_ACCEPT_RATES)}")
     subject = scorer.enroll(photos)
     return subject.at(FALSE_ACCEPT_RATES[strictness]) if subject.known else subject
-
-
-def doubt(subject: Subject) -> tuple[float, float]:
-    """Between which scores it cannot be said whether a picture shows the subject.
-
-    The thresholds of the most lenient and of the strictest rate; of an encoder that is not calibrated, its rule of
-    thumb and half the way from there to a perfect match.
-    """
-    if subject.known:
-        return subject.at(FALSE_ACCEPT_RATES["lenient"]).threshold, subject.at(FALSE_ACCEPT_RATES["strict"]).threshold
-    return subject.threshold, (1 + subject.threshold) / 2
 
 
 def whole_prompt(text: str, word: str) -> str:

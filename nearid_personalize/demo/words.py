@@ -8,6 +8,7 @@ from math import isnan
 from nearid_personalize.demo.studio import Comparison, Outcome, Progress
 from nearid_personalize.guard import Candidate, Cost, Glimpse
 from nearid_personalize.photos import PhotoCheck
+from nearid_personalize.verification import Verification
 
 STRICTNESS = [
     ("Strict: at most 1 look-alike in 100 slips through", "strict"),
@@ -213,14 +214,19 @@ def without_guard(first: Candidate, threshold: float) -> str:
 
 def comparison(found: Comparison) -> str:
     """Same, different or unsure, with the numbers that say so."""
-    answer, mood = {
+    verdict, mood = {
         "same": ("The same one.", "good"),
         "different": ("Different ones.", "bad"),
         "unsure": ("Cannot be said.", "doubt"),
-    }[found.verdict]
-    basis = "" if found.calibrated else " This encoder carries no calibration, so these limits are a rule of thumb."
-    return note(
-        f"<b>{answer}</b> Likeness {score(found.score)}: from {score(found.same_from)} on they count as the same,"
-        f" below {score(found.different_below)} as different.{basis}",
-        mood,
+    }[found.answer.verdict]
+    return note(f"<b>{verdict}</b> Likeness {score(found.answer.score)}. {error_rates(found.answer)}", mood)
+
+
+def error_rates(answer: Verification) -> str:
+    """What a verdict rests on, in a sentence."""
+    if answer.false_accept_rate is None or answer.false_reject_rate is None:
+        return "This encoder carries no calibration, so the verdict follows a rule of thumb."
+    return (
+        f"Of near-identical strangers {answer.false_accept_rate:.1%} would score as high,"
+        f" of the subject's own pictures {answer.false_reject_rate:.1%} as low."
     )
