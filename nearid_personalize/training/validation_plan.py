@@ -229,9 +229,7 @@ def describe(plan: ValidationPlan, wanted: Wanted) -> str:
     text = f"validation: base model and {listed(plan.steps)}{fewer}, each {' × '.join(pictures)}"
     text += f"; about {duration(plan.seconds)} each, {plan.share:.0%} of the run ({budget})"
     if plan.share > wanted.budget:
-        text += (
-            f"\nvalidation: the smallest that can be compared exceeds {budget}; the last step is measured all the same"
-        )
+        text += f"\nvalidation: this exceeds {budget}; the last step is measured all the same"
     if wanted.patience and len(plan.steps) < wanted.enough:
         text += f"\nvalidation: --patience {wanted.patience} cannot end a run of so few validations"
     return text
