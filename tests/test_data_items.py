@@ -152,7 +152,7 @@ def test_anchors_and_positives_are_black_as_often_as_the_paper_says():
     dataset = IdentityDataset(collection(row), size=8, num_slots=5, augmentation=often)
     generator, black = torch.Generator().manual_seed(0), {True: [], False: []}
     anchors = Counter()
-    for variant in range(3000):
+    for variant in range(1500):
         drawn = replace(dataset, variant=variant)
         weights = drawn.anchor_weights(0)
         anchor = int(torch.multinomial(weights, 1, generator=generator))
@@ -161,9 +161,9 @@ def test_anchors_and_positives_are_black_as_often_as_the_paper_says():
         for slot in (0, 2, 4):  # those with a mask
             black[slot == anchor].append(not views[slot, :, 4:].any())
         assert weights[1] == 0 and views[3, :, 4:].all()
-    assert np.mean(black[True]) == pytest.approx(0.5, abs=0.04)  # 2,250 draws: four standard errors
-    assert np.mean(black[False]) == pytest.approx(0.2, abs=0.02)
-    assert min(anchors.values()) > 650 and set(anchors) == {0, 2, 3, 4}
+    assert np.mean(black[True]) == pytest.approx(0.5, abs=0.06)  # 1,125 draws: four standard errors
+    assert np.mean(black[False]) == pytest.approx(0.2, abs=0.03)
+    assert min(anchors.values()) > 320 and set(anchors) == {0, 2, 3, 4}
     # One variant alone tells which anchor it was made for only through what is black.
     even = replace(dataset, augmentation=replace(often, anchor_blackout=0.2))
     assert even.anchor_weights(0).tolist() == [1, 0, 1, 1, 1]
