@@ -1,15 +1,22 @@
 # make quickstart   venv, install, and the main job: look at quickstart/contact_sheet.png
 # make test         venv, install with the developer tools, all tests
+# make test-oldest  another venv, the oldest versions allowed, and what must run on them
 # make check        linter, formatting, types
 # make demo         the app in the browser
-# Options: PYTHON=python3.12 (which interpreter makes the venv), ARGS="--subject-index 3" (passed on to the command).
+# Options: TORCH=2.13.0 (of test-oldest, instead of the oldest), PYTHON=python3.12 (which interpreter makes the venv), ARGS="--subject-index 3" (passed on to the command).
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check demo clean
+OLDEST := .venv-oldest
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints-oldest.txt)
+# The encoder, the guard, the trainers and the main job
+OLDEST_TESTS := tests/test_encoder.py tests/test_checkpoints.py tests/test_guard.py tests/test_training_head.py \
+	tests/test_training_lora.py tests/test_cli.py
+
+.PHONY: quickstart test test-oldest check demo clean
 
 # Each extra has a stamp file in the venv: installing is repeated only when what is installed has changed.
 $(BIN)/python:
@@ -26,6 +33,16 @@ quickstart: $(VENV)/generate.installed
 test: $(VENV)/dev.installed
 	$(BIN)/python -m pytest $(ARGS)
 
+$(OLDEST)/%.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv --clear $(OLDEST)
+	sed 's/^torch==.*/torch==$*/' constraints-oldest.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt \
+		-e ".[train,prodigy,mcp,heic]" scipy sentencepiece pytest
+	@touch $@
+
+test-oldest: $(OLDEST)/$(TORCH).installed
+	$(OLDEST)/bin/python -m pytest -p no:cacheprovider $(OLDEST_TESTS)
+
 check: $(VENV)/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,4 +52,4 @@ demo: $(VENV)/demo.installed
 	$(BIN)/nearid demo $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -11,9 +11,12 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 import nearid_personalize
 
+RUN_EXTRAS = ("generate", "train", "demo", "heic", "mcp", "prodigy")
 HEAVY = ("datasets", "diffusers", "peft", "accelerate", "gradio")
 COMMANDS = ("quickstart", "score", "generate", "evaluate", "report-card", "pairs", "demo")
 
@@ -82,3 +85,17 @@ def test_every_command_answers_help(command: str):
     assert result.stdout.startswith("usage: nearid")
     for name in COMMANDS if not command else ["--port" if command == "demo" else "--json"]:
         assert name in result.stdout
+
+
+def test_floors_are_the_versions_that_are_run_together():
+    """`make test-oldest` installs what constraints-oldest.txt pins: exactly the floors, less what needs a GPU."""
+    root = Path(__file__).parent.parent
+    tomllib = pytest.importorskip("tomllib", reason="in the standard library from 3.11 on")
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", (root / "constraints-oldest.txt").read_text(), re.MULTILINE))
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *(line for name in RUN_EXTRAS for line in extras[name])]
+    floors = dict(re.findall(r"^([\w-]+)>=([\w.]+)$", "\n".join(asked), re.MULTILINE))
+    assert floors.keys() <= pins.keys()
+    for name, floor in floors.items():
+        assert Version(pins[name]) in SpecifierSet(f"=={floor}.*"), name
