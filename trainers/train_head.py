@@ -15,6 +15,7 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from nearid_personalize.attention import Attention, using_trunk_attention
 from nearid_personalize.checkpoints import trunk_fingerprint
 from nearid_personalize.commands.flags import parse_flags, quieten_libraries, run_program
 from nearid_personalize.data import (
@@ -43,10 +44,11 @@ from nearid_personalize.data.cache import (
 )
 from nearid_personalize.data.previews import Previews, load_previews
 from nearid_personalize.data.reconstruct import Reconstruction, load_reconstruction
-from nearid_personalize.encoder import load_encoder
+from nearid_personalize.encoder import NearIDModel, load_encoder
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import check_writable
 from nearid_personalize.miniworld import rows as miniworld_rows
+from nearid_personalize.preprocessing import Preprocessing
 from nearid_personalize.training.head import (
     FINISHED,
     PAPER,
@@ -119,6 +121,8 @@ class Arguments:
     """Of the frozen trunk's arithmetic. auto: that of --mixed-precision, or of the launcher's."""
     head_alone: bool = False
     """Export the head without the trunk, whose id and fingerprint go along: 15 M parameters in place of 428 M."""
+    attention: Attention = "auto"
+    """What computes the trunk's attention. auto: its own. flash needs a CUDA GPU, half precision and flash-attn."""
     num_workers: int | None = None
     """Threads that decode pictures while the trunk runs; 0: none. Default: one for each core, at most 8."""
     dry_run: bool = False
@@ -360,7 +364,7 @@ def show_plan(
 
 
 def run(arguments: Arguments) -> HeadResult | None:
-    """Show the plan, then train."""
+    """Load the trunk and the data, then train."""
     arguments.check()
     model, preprocessing, _ = load_encoder(arguments.trunk)
     if arguments.init_head == "random":
@@ -370,6 +374,19 @@ def run(arguments: Arguments) -> HeadResult | None:
     sets, held_out = open_rows(arguments)
     accelerator = accelerator_for(arguments.head)
     model.to(accelerator.device)
+    with using_trunk_attention(model.backbone, arguments.attention, accelerator.device):
+        return train(arguments, model, preprocessing, sets, held_out, accelerator)
+
+
+def train(
+    arguments: Arguments,
+    model: NearIDModel,
+    preprocessing: Preprocessing,
+    sets: list[TrainingSet],
+    held_out: list[Rows],
+    accelerator: Accelerator,
+) -> HeadResult | None:
+    """Show the plan, then train and export, unless a dry run is asked for."""
     transform = open_transform(arguments, accelerator.device)
     trunk = Trunk(model, preprocessing, transform, trunk_precision(arguments, accelerator))
     datasets = open_datasets(arguments, sets, preprocessing.size)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from nearid_personalize.attention import check_attention, denoiser_of, using_attention
 from nearid_personalize.commands.console import Stopwatch, conclude, picture_paths, say
 from nearid_personalize.commands.enrolment import enrolled, negative_paths
 from nearid_personalize.commands.options import Generate, Quickstart
@@ -39,13 +40,15 @@ def run_generate(options: Generate) -> int:
         from nearid_personalize.scorer import IdentityScorer
 
         device = choose_device(options.device)
+        check_attention(options.attention, device)
         scorer = IdentityScorer.from_pretrained(options.model, device, trunk=options.trunk)
         pipe = load_pipeline(options.base_model, device, choose_dtype(options.dtype, device))
         if options.lora is not None:
             from nearid_personalize.training.lora import load_lora
 
             load_lora(pipe, options.lora)
-    result = guarded(pipe, scorer, references, options.prompt, options)
+    with using_attention(denoiser_of(pipe), options.attention, device):
+        result = guarded(pipe, scorer, references, options.prompt, options)
     lora = None if options.lora is None else str(options.lora)
     models = {"base": options.base_model, "lora": lora, "scorer": options.model}
     return finish_generation(result, references, models, clock, options.out, options.json)

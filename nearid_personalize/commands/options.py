@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from nearid_personalize.attention import Attention
 from nearid_personalize.errors import InputError
 from nearid_personalize.loading import Device
 
@@ -177,6 +178,8 @@ class Generate(Guarding):
     """Where pipeline and encoder run."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Pipeline weights. auto: float32 on the CPU, else bfloat16."""
+    attention: Attention = "auto"
+    """What computes the pipeline's attention. auto: its own. xformers and flash need a CUDA GPU and their package."""
     json: bool = False
     """Print report.json to stdout, and nothing else."""
 
@@ -286,6 +289,8 @@ class Demo:
     """Denoising steps that the page proposes."""
     device: Device = "auto"
     """Where everything runs."""
+    attention: Attention = "auto"
+    """What computes the pipeline's attention. auto: its own. xformers and flash need a CUDA GPU and their package."""
     auth: str | None = None
     """user:password that visitors must give; better in the environment, as NEARID_DEMO_AUTH."""
     max_photos: int = 20
@@ -351,6 +356,8 @@ class ReportCard(Accepting):
     """Where pipeline and encoder run."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Pipeline weights. auto: float32 on the CPU, else bfloat16."""
+    attention: Attention = "auto"
+    """What computes the pipeline's attention. auto: its own. xformers and flash need a CUDA GPU and their package."""
     json: bool = False
     """Print report.json to stdout, and nothing else."""
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from nearid_personalize.attention import check_attention, denoiser_of, using_attention
 from nearid_personalize.commands.console import DONE, NONE_ACCEPTED, Stopwatch, picture_paths, say
 from nearid_personalize.commands.enrolment import enrolled, negative_paths
 from nearid_personalize.commands.options import ReportCard
@@ -37,6 +38,7 @@ def run_report_card(options: ReportCard) -> int:
     clock = Stopwatch()
     with clock.stage("load"):
         device = choose_device(options.device)
+        check_attention(options.attention, device)
         jury = _card_jury(options, references, token, device)
         pipe = load_pipeline(options.base_model, device, choose_dtype(options.dtype, device))
         pipe.set_progress_bar_config(disable=True)
@@ -44,7 +46,7 @@ def run_report_card(options: ReportCard) -> int:
     arguments: dict = {"num_inference_steps": options.steps}
     if options.guidance_scale is not None:
         arguments["guidance_scale"] = options.guidance_scale
-    with clock.stage("draw"):
+    with clock.stage("draw"), using_attention(denoiser_of(pipe), options.attention, device):
         card = report_card(
             pipe, loras, jury, subject_name, options.scales, prompts, options.seeds, options.max_batch_size, **arguments
         )

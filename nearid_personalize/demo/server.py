@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nearid_personalize.attention import check_attention
 from nearid_personalize.commands.options import Demo
 from nearid_personalize.errors import InputError
 from nearid_personalize.loading import choose_device, choose_dtype
@@ -69,6 +70,7 @@ def serve(options: Demo, public: bool = False, block: bool = True) -> Server:
     from nearid_personalize.scorer import IdentityScorer
 
     device = choose_device(options.device)
+    check_attention(options.attention, device)
     studio = Studio(
         IdentityScorer.from_pretrained(options.encoder, device, trunk=options.trunk),
         options.encoder,
@@ -76,6 +78,7 @@ def serve(options: Demo, public: bool = False, block: bool = True) -> Server:
         device,
         choose_dtype("auto", device),
         options.lora_steps,
+        options.attention,
     )
     room = options.max_visitor_mb * 10**6
     visitors = Visitors(root / "visitors", options.keep_hours * 3600, options.max_photos, room)

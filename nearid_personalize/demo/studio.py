@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from PIL import Image
 
+from nearid_personalize.attention import Attention, denoiser_of, using_attention
 from nearid_personalize.commands.quickstart import quickstart_lora
 from nearid_personalize.demo.jobs import Device, Job
 from nearid_personalize.driftmap import drift_map
@@ -171,7 +172,8 @@ class Studio:
     """The models, and the device that long jobs share.
 
     encoder: name of the scorer's checkpoint. base_models: those that may be asked for; the pipeline of one of them is
-    kept loaded. lora_steps: of a training that asks for no number; None for the base model's usual.
+    kept loaded. lora_steps: of a training that asks for no number; None for the base model's usual. attention: what
+    denoisers compute it with.
     """
 
     scorer: IdentityScorer
@@ -180,6 +182,7 @@ class Studio:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     lora_steps: int | None = None
+    attention: Attention = "auto"
     line: Device = field(default_factory=Device)
     _pipeline: "tuple[str, DiffusionPipeline] | None" = None
     _looking: threading.Lock = field(default_factory=threading.Lock)
@@ -241,20 +244,21 @@ class Studio:
         floors = chosen_floors(self.encoder, self.scorer, photos, reject_copies=True)
         jury = Jury(self.scorer, self.scorer.enroll(photos), photos, floors, token=TOKEN)
         guidance: dict[str, Any] = {} if exam.guidance_scale is None else {"guidance_scale": exam.guidance_scale}
-        card = report_card(
-            pipe,
-            {"this LoRA": exam.lora},
-            jury,
-            exam.name,
-            CARD_SCALES,
-            exam.prompts,
-            CARD_SEEDS,
-            batch,
-            progress=False,
-            num_inference_steps=exam.steps,
-            callback_on_step_end=on_step,
-            **guidance,
-        )
+        with using_attention(denoiser_of(pipe), self.attention, self.device):
+            card = report_card(
+                pipe,
+                {"this LoRA": exam.lora},
+                jury,
+                exam.name,
+                CARD_SCALES,
+                exam.prompts,
+                CARD_SEEDS,
+                batch,
+                progress=False,
+                num_inference_steps=exam.steps,
+                callback_on_step_end=on_step,
+                **guidance,
+            )
         loras = {"this LoRA": exam.lora.name}
         models = {"base": exam.base_model, "lora": loras, "scorer": self.encoder}
         write_card(card, exam.output, models)
@@ -264,7 +268,7 @@ class Studio:
         from nearid_personalize.training.lora import train_lora
 
         self._known(lesson.base_model)
-        options = lora_options(lesson, self.lora_steps)
+        options = replace(lora_options(lesson, self.lora_steps), attention=self.attention)
         if self.device != "cpu":
             self._pipeline = None  # two base models would not fit
         subject = self.scorer.enroll(lesson.photos)
@@ -316,17 +320,18 @@ class Studio:
             duplicate_limit=COPY_LIMIT if order.reject_copies else None,
         )
         guidance: dict[str, Any] = {} if order.guidance_scale is None else {"guidance_scale": order.guidance_scale}
-        return guard(
-            order.prompt,
-            num_images=order.num_images,
-            num_candidates=order.num_candidates,
-            seed=order.seed,
-            budget=None if order.spend == "save" else float(order.num_candidates),
-            until_accepted=order.spend == "enough",
-            watch=watch,
-            num_inference_steps=order.steps,
-            **guidance,
-        )
+        with using_attention(denoiser_of(pipe), self.attention, self.device):
+            return guard(
+                order.prompt,
+                num_images=order.num_images,
+                num_candidates=order.num_candidates,
+                seed=order.seed,
+                budget=None if order.spend == "save" else float(order.num_candidates),
+                until_accepted=order.spend == "enough",
+                watch=watch,
+                num_inference_steps=order.steps,
+                **guidance,
+            )
 
     def _loaded(self, base_model: str, lora: Path | None) -> "DiffusionPipeline":
         """The base model's pipeline with this LoRA and no other; a LoRA that fails takes the pipeline with it."""

@@ -30,6 +30,7 @@ from diffusers.training_utils import EMAModel, offload_models
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nearid_personalize.attention import check_attention, using_attention
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import check_writable
 from nearid_personalize.training.adapters import (
@@ -488,8 +489,9 @@ def train_lora(options: LoraOptions, validate: Validate | None = None, on_step: 
 
     Raises InputError for unusable references, base model, token, checkpoint or output folder.
     """
-    with requested_sharding() as sharding:
+    with requested_sharding() as sharding, ExitStack() as undo:
         accelerator = Accelerator(step_scheduler_with_optimizer=False, **tracker_arguments(options))
+        check_attention(options.attention, accelerator.device)
         references = read_references(options)
         same = {"references": fingerprint(references), "number of processes": accelerator.num_processes}
         checkpoint = find_checkpoint(options, same)
@@ -497,6 +499,7 @@ def train_lora(options: LoraOptions, validate: Validate | None = None, on_step: 
         set_seed(options.seed)
         enrolled = enroll_reward(options, references, accelerator.device, validate)
         run = LoraRun(options, accelerator, references, enrolled, sharding)
+        undo.enter_context(using_attention(run.family.denoiser, options.attention, accelerator.device))
         start_trackers(accelerator, options)
         step = 0
         if checkpoint is not None:

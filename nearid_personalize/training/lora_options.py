@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from nearid_personalize.attention import Attention
 from nearid_personalize.errors import InputError
 
 FlowWeighting = Literal["logit-normal", "mode", "cosmap", "sigma-sqrt", "none"]
@@ -138,6 +139,9 @@ class LoraOptions:
     """Of the arithmetic. auto: what `accelerate launch` says, else bf16 where the hardware multiplies it."""
     base_precision: Literal["auto", "fp32", "same"] = "auto"
     """Of the frozen weights. same: as `precision`. auto: same on an accelerator, else fp32."""
+    attention: Attention = "auto"
+    """What computes the denoiser's attention. auto: the fastest for training on the device. xformers and flash need a
+    CUDA GPU and their package."""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Recompute activations instead of keeping them: less memory, slower by 1.4 to 2. auto: for the large base models
     on an accelerator, and when one picture does not fit."""
