@@ -3,14 +3,17 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
+from packaging.version import Version
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from nearid_personalize.errors import InputError
 from nearid_personalize.training.families import Family, Table
@@ -59,16 +62,28 @@ def autocast_to(dtype: torch.dtype | None, device: str) -> AbstractContextManage
 
 
 def trained_text(family: Family, options: LoraOptions) -> tuple[tuple[str, ...], int]:
-    """Which text encoders are trained, and their LoRA's rank; InputError when family, token and options disagree."""
+    """Which text encoders are trained, and their LoRA's rank; InputError when family, token and options disagree, or
+    releases."""
     rank = family.text_rank if options.text_rank is None else options.text_rank
     if rank and not family.text_names:
         raise InputError(f"--text-rank {rank}: {type(family.pipe).__name__} takes no text encoder LoRA; give 0")
     if options.token_init and not rank:
         raise InputError("--token-init needs a trained token: give a --text-rank above 0, e.g. 8")
     names = family.text_names if rank else ()
+    if names:
+        check_peft()
     for name in names if options.train_token else ():
         token_id(family.tokenizer(name), options.token, "token")
     return names, rank
+
+
+def check_peft() -> None:
+    """Raise InputError where transformers wants a newer peft for its text encoders, which may not be released yet."""
+    if Version(version("peft")) < Version(MIN_PEFT_VERSION):
+        raise InputError(
+            f"transformers {version('transformers')}: LoRA in text encoders needs peft {MIN_PEFT_VERSION} there, and "
+            f"{version('peft')} is installed; install releases that were tested together, see constraints.txt"
+        )
 
 
 def add_adapters(family: Family, options: LoraOptions, autocast: torch.dtype | None = None) -> PromptedDenoiser:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nearid_personalize.errors import InputError
 from nearid_personalize.hub import download, is_hub_id
-from nearid_personalize.training.adapters import PromptedDenoiser
+from nearid_personalize.training.adapters import PromptedDenoiser, check_peft
 from nearid_personalize.training.lora_check import LoraInfo, check_lora_file
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -155,7 +155,9 @@ def load_lora(pipe: DiffusionPipeline, path: str | Path, adapter_name: str = "su
     adapter.
     """
     file = find_lora_file(path)
-    check_lora_file(file, pipe)
+    info = check_lora_file(file, pipe)
+    if any(name.startswith(("text_encoder", "lora_te")) for name in info.shapes):
+        check_peft()
     source: dict[str, Any] = {"pretrained_model_name_or_path_or_dict": str(file.parent), "weight_name": file.name}
     source["use_safetensors"] = True  # else a file that cannot be read is tried as a pickle
     read = pipe.lora_state_dict(**source)
