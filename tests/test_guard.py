@@ -312,11 +312,11 @@ def test_images_of_several_prompts_are_flat_whatever_their_number(guard, output_
     call = {"num_images": 3, "num_candidates": 3, "num_inference_steps": 1, "output_type": output_type}
     prompts = ["sks dog", "a cat"]
     scores = [sorted(c.score for c in guard(prompt, **call).candidates) for prompt in prompts]
-    # Between the second and the third of one prompt's scores, and between the first and second of the other's
-    lows = [(first[0] + first[1]) / 2 for first in scores]
-    results = with_threshold(guard, max(lows))(prompts, **call)
+    lowest, next_lowest, *_ = sorted(score for own in scores for score in own)
+    threshold = (lowest + next_lowest) / 2
+    results = with_threshold(guard, threshold)(prompts, **call)
     counts = [len(result.images) for result in results]
-    assert counts == [sum(score >= max(lows) for score in own) for own in scores] and len(set(counts)) == 2
+    assert counts == [sum(score >= threshold for score in own) for own in scores] and set(counts) == {2, 3}
     assert len(results.images) == sum(counts)
     singles = [image for result in results for image in result.images]
     for image, single in zip(results.images, singles, strict=True):
