@@ -146,7 +146,9 @@ def choose_autocast(precision: str, accelerator: Accelerator) -> torch.dtype | N
         return None if accelerator.native_amp else HALF.get(accelerator.mixed_precision)
     if accelerator.device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.7 cannot tell; fp32 is never wrong
+    capabilities: dict[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # torch 2.7 cannot tell; fp32 is never wrong
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else None
 
 
