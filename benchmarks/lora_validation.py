@@ -40,6 +40,7 @@ from nearid_personalize.miniworld import CONTEXTS, Pet, Split, context_prompts, 
 from nearid_personalize.miniworld.judge import context_of, judge
 from nearid_personalize.samples import adherence, draw_samples, measure_samples
 from nearid_personalize.scorer import IdentityScorer
+from nearid_personalize.training.base_model import recommended_rates
 from nearid_personalize.training.cached import Picture
 from nearid_personalize.training.lora import LoraOptions, Snapshot, train_lora
 from nearid_personalize.training.validation import IdentityValidation, ValidationOptions, without_word
@@ -127,15 +128,8 @@ def recipe(case: Case, folder: Path, options: Options) -> LoraOptions:
         steps=options.lora_steps,
         validate_every=options.validate_every,
     )
-    factor = options.rate_factor
-    if factor == 1:
-        return lora
-    return replace(
-        lora,
-        learning_rate=factor * (lora.learning_rate or 1e-3),
-        text_learning_rate=factor * (lora.text_learning_rate or 5e-4),
-        token_learning_rate=factor * (lora.token_learning_rate or 5e-3),
-    )
+    rates = recommended_rates(weights_dir("pipeline"))
+    return replace(lora, **{name: options.rate_factor * rate for name, rate in rates.items()})
 
 
 def validation_of(case: Case, options: Options) -> ValidationOptions:
