@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,10 @@ def serve(options: Demo, public: bool = False, block: bool = True) -> Server:
         )
     except OSError as error:
         raise InputError(f"--port {options.port}: {error}") from None
+    if fault := getattr(page, "mcp_error", None):
+        print(
+            f"no tools for agents: {fault}; mcp {version('mcp')} is installed, this gradio may need another", flush=True
+        )
     server = Server(url, page, root)
     if block:
         print(f"My dog in space is open at {url} (Ctrl+C ends it)", flush=True)
