@@ -28,6 +28,8 @@ class Arguments:
 
     lora: Annotated[LoraOptions, tyro.conf.arg(name="")]
     validation: Annotated[ValidationOptions, tyro.conf.arg(name="")]
+    dry_run: bool = False
+    """Print the options, the device memory that each phase needs and the disk; load and train nothing."""
 
 
 def completed(arguments: Arguments) -> Arguments:
@@ -41,7 +43,7 @@ def completed(arguments: Arguments) -> Arguments:
             validation_model=validation.validation_model or RELEASED,
             text_image_model=validation.text_image_model or cached_text_image_model(),
         )
-        return Arguments(lora, filled)
+        return replace(arguments, lora=lora, validation=filled)
     from nearid_personalize.miniworld import context_prompts
 
     prompts = context_prompts(lora.subject_name)
@@ -52,7 +54,7 @@ def completed(arguments: Arguments) -> Arguments:
         validation_prompts=validation.validation_prompts or prompts,
         validation_guidance_scale=validation.validation_guidance_scale or 3.0,
     )
-    return Arguments(lora, filled)
+    return replace(arguments, lora=lora, validation=filled)
 
 
 def print_plan(arguments: Arguments) -> None:
@@ -62,6 +64,14 @@ def print_plan(arguments: Arguments) -> None:
         print(f"{name:>27}  {value}")
     if arguments.lora.validate_every and not arguments.validation.text_image_model:
         print(f"adherence to the prompts is not measured; it would be with --text-image-model {WELL_KNOWN[0]}, say")
+
+
+def print_needs(options: LoraOptions) -> None:
+    """Show what memory and disk a run needs."""
+    from nearid_personalize.training.memory import dry_run
+
+    for line in dry_run(options):
+        print(line)
 
 
 def run(arguments: Arguments) -> None:
@@ -90,7 +100,10 @@ def main() -> None:
     arguments = completed(parse_flags(Arguments, None, "train_lora.py", __doc__))
     if os.environ.get("RANK", "0") == "0":  # one of several processes tells it
         print_plan(arguments)
-    run(arguments)
+    if arguments.dry_run:
+        print_needs(arguments.lora)
+    else:
+        run(arguments)
 
 
 if __name__ == "__main__":

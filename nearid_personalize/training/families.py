@@ -227,6 +227,8 @@ class StableDiffusionXL(StableDiffusion):
 class StableDiffusion3(Family):
     """SD3: two CLIPs that can be trained, and a T5 that stays frozen."""
 
+    pixels_at_once = 4 * 1024**2
+    checkpointed = True
     text_names = ("text_encoder", "text_encoder_2")
     attention_layers = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -255,6 +257,8 @@ class StableDiffusion3(Family):
 class Flux(Family):
     """FLUX.1: patches packed as tokens, with positions; CLIP gives the pooled text, a frozen T5 the tokens."""
 
+    pixels_at_once = 4 * 1024**2
+    checkpointed = True
     text_names = ("text_encoder",)
     attention_layers = (*StableDiffusion3.attention_layers, *FEED_FORWARD, *CONTEXT_FEED_FORWARD)
 
@@ -285,6 +289,8 @@ class Flux(Family):
 
 class QwenImage(Family):
     """Qwen-Image: packed patches; a language model whose padding is masked."""
+
+    checkpointed = True
 
     def encode_prompts(self, prompts: Sequence[str], device: torch.device) -> Table:
         hidden, mask = self.pipe.encode_prompt(list(prompts), device)
@@ -324,6 +330,9 @@ class QwenImage(Family):
 
 class ZImage(Family):
     """Z-Image: lists of pictures and of prompts of different lengths; time runs from noise, the sign is turned."""
+
+    pixels_at_once = 4 * 1024**2
+    checkpointed = True
 
     def encode_prompts(self, prompts: Sequence[str], device: torch.device) -> Table:
         hidden, _ = self.pipe.encode_prompt(list(prompts), device, do_classifier_free_guidance=False)

@@ -131,8 +131,13 @@ def load_family(options: LoraOptions, half: torch.dtype | None = None, device: s
 
     half: type of the frozen weights where `base_precision` asks for half precision.
     """
+    return load_base_model(options, frozen_precision(options, half, device))
+
+
+def frozen_precision(options: LoraOptions, half: torch.dtype | None, device: str) -> torch.dtype:
+    """The type of the frozen weights. half: of the arithmetic."""
     halves = options.base_precision == "same" or (options.base_precision == "auto" and device != "cpu")
-    return load_base_model(options, half if half and halves else torch.float32)
+    return half if half and halves else torch.float32
 
 
 def choose_autocast(precision: str, accelerator: Accelerator) -> torch.dtype | None:

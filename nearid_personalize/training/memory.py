@@ -10,32 +10,41 @@ Letters: B pictures, L tokens of text.
 
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import diffusers
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nearid_personalize.training.adapters import autocast_to
 from nearid_personalize.training.base_model import named_faults, read_index
 from nearid_personalize.training.families import Family, family_class
-from nearid_personalize.training.lora import adapt, checkpoints_gradients, micro_batch_size
+from nearid_personalize.training.lora import (
+    HALF,
+    adapt,
+    checkpoints_gradients,
+    choose_autocast,
+    frozen_precision,
+    micro_batch_size,
+)
 from nearid_personalize.training.lora_options import LoraOptions
 from nearid_personalize.training.reward import decode
 
 GB = 1e9
 OVERHEAD = 1.0e9  # bytes, of an accelerator's context and kernels
 STATES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}  # optimizer bytes per trained parameter
-FLOAT32_UNDER_AUTOCAST = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, torch.pow, Tensor.pow}
+FLOAT32_UNDER_AUTOCAST = ("layer_norm", "group_norm", "softmax")
 
 
 # --- counting --------------------------------------------------------------------------------------------------------
@@ -74,15 +83,26 @@ class PeakMemory(TorchDispatchMode):
         self.now -= size
 
 
-class NormsInFloat32(TorchFunctionMode):
-    """Autocast as CUDA does it: normalisations and powers in float32, which autocast leaves in half on the CPU."""
+@contextmanager
+def norms_in_float32() -> Iterator[None]:
+    """Inside, autocast normalises in float32 as CUDA's does; on the CPU it would do so in half precision."""
+    plain = {name: getattr(F, name) for name in FLOAT32_UNDER_AUTOCAST}
+    for name, function in plain.items():
+        setattr(F, name, partial(widened, function))  # a function mode would not see what backward passes recompute
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(F, name, function)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in FLOAT32_UNDER_AUTOCAST and torch.is_autocast_enabled("cpu"):
-            args = tuple(value.float() if isinstance(value, Tensor) else value for value in args)
-            kwargs = {name: value.float() if isinstance(value, Tensor) else value for name, value in kwargs.items()}
-        return func(*args, **kwargs)
+
+def widened(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Call a function, under autocast with its half-precision tensors in float32."""
+    if not torch.is_autocast_enabled("cpu"):
+        return function(*args, **kwargs)
+    wide = [value.float() if isinstance(value, Tensor) else value for value in args]
+    named = {name: value.float() if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+    return function(*wide, **named)
 
 
 def emptied(model: nn.Module, device: str, dtype: torch.dtype | None = None) -> nn.Module:
@@ -252,7 +272,7 @@ def step_bytes(family: Family, count: int, side: int, autocast: torch.dtype | No
     """Activations and gradients of a forward and backward pass of `count` pictures."""
     denoiser = family.denoiser
     noisy, timesteps, rows, frame = question(family, count, side)
-    norms = NormsInFloat32() if device != "cpu" else TorchFunctionMode()
+    norms = norms_in_float32() if device != "cpu" else nullcontext()
     with PeakMemory(denoiser.parameters()) as memory, norms:
         with autocast_to(autocast, "cpu"):
             predicted = family.denoise(denoiser, noisy, timesteps, rows, frame)
@@ -310,7 +330,7 @@ def latent_shape(family: Family, count: int, side: int) -> tuple[int, int, int, 
     return count, config.get("latent_channels") or config["z_dim"], small, small
 
 
-# --- the device ------------------------------------------------------------------------------------------------------
+# --- the plan ------------------------------------------------------------------------------------------------------
 
 
 def capacity_of(device: torch.device) -> int:
@@ -318,3 +338,14 @@ def capacity_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def dry_run(options: LoraOptions) -> list[str]:
+    """What a run needs of this machine's device and disk, line by line, with a warning where the device has less."""
+    accelerator = Accelerator()
+    device = accelerator.device
+    half = choose_autocast(options.precision, accelerator) or HALF.get(accelerator.mixed_precision)
+    family = outline(options, frozen_precision(options, half, device.type))
+    needs = needs_of(family, options, device.type, half)
+    warning = needs.warning(capacity_of(device), str(device))
+    return [*needs.lines(), *([warning] if warning else [])]
