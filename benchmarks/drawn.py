@@ -17,12 +17,12 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from nearid_personalize.commands.quickstart import quickstart_lora
-from nearid_personalize.denoising import Moment, denoise
-from nearid_personalize.images import write_atomically
+from nearid_personalize.files import write_atomically
+from nearid_personalize.guard.hooks import Moment, denoise
 from nearid_personalize.metrics import bootstrap_interval
 from nearid_personalize.miniworld import CONTEXTS, Pet, Split, photos, sample_pet, weights_dir
 from nearid_personalize.miniworld.judge import judge
-from nearid_personalize.training.lora import load_lora, train_lora
+from nearid_personalize.training.lora.loop import load_lora, train_lora
 
 PREVIEWS = 9
 """Previews kept of each candidate: after every tenth of the steps but the last."""

@@ -26,7 +26,8 @@ from nearid_personalize.images import save_image
 from nearid_personalize.metrics import bootstrap_interval
 from nearid_personalize.miniworld import part_edit, photos
 from nearid_personalize.report import drift_sheet
-from nearid_personalize.scorer import IdentityScorer, identity_scores
+from nearid_personalize.scorer.scorer import IdentityScorer
+from nearid_personalize.scorer.subject import identity_scores
 
 NEAR = 2
 """Pixels of tolerance in the second figure."""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import SiglipVisionConfig
 
 from nearid_personalize import IdentityScorer, NearIDModel
-from nearid_personalize.encoder import NearIDConfig
+from nearid_personalize.encoder.model import NearIDConfig
 
 SHAPES = {
     "base-224": SiglipVisionConfig(

@@ -18,18 +18,13 @@ import torch
 import tyro
 from drawn import STEP_FRACTIONS, Drawing, draw, interval, personalised, read, shots_of
 
-from nearid_personalize.guard import IdentityGuard
-from nearid_personalize.images import write_atomically
+from nearid_personalize.files import write_atomically
+from nearid_personalize.guard.guard import IdentityGuard
+from nearid_personalize.guard.policy import DEFAULT_POLICY, FixedSchedule, StoppingPolicy
+from nearid_personalize.guard.profile import PreviewProfile
+from nearid_personalize.guard.replays import Replay, replay
 from nearid_personalize.miniworld import weights_dir
-from nearid_personalize.scorer import IdentityScorer
-from nearid_personalize.selection import (
-    DEFAULT_POLICY,
-    FixedSchedule,
-    PreviewProfile,
-    Replay,
-    StoppingPolicy,
-    replay,
-)
+from nearid_personalize.scorer.scorer import IdentityScorer
 
 
 @dataclass(frozen=True)

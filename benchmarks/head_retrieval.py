@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import tyro
 
 from nearid_personalize.data import Rows
-from nearid_personalize.encoder import load_encoder
+from nearid_personalize.encoder.checkpoints import load_encoder
 from nearid_personalize.evaluation import evaluate_rows, with_interval
 from nearid_personalize.miniworld import part_edits, rows, weights_dir
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from nearid_personalize.checkpoints import trunk_fingerprint
 from nearid_personalize.data.cache import (
     CacheKey,
     CachePart,
@@ -33,8 +32,9 @@ from nearid_personalize.data.cache import (
     plan_cache,
 )
 from nearid_personalize.data.shards import TokenRows, open_shard, write_shard
-from nearid_personalize.encoder import NearIDModel
-from nearid_personalize.preprocessing import Preprocessing
+from nearid_personalize.encoder.checkpoints import trunk_fingerprint
+from nearid_personalize.encoder.model import NearIDModel
+from nearid_personalize.encoder.preprocessing import Preprocessing
 from nearid_personalize.training.head import HeadOptions, Pooling, batch_loss
 
 

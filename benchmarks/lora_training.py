@@ -31,10 +31,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from nearid_personalize.images import to_tensor
 from nearid_personalize.miniworld import weights_dir
-from nearid_personalize.training.cached import read_references
-from nearid_personalize.training.families import ATTENTION
-from nearid_personalize.training.lora import LoraOptions, LoraRun, load_family
-from nearid_personalize.training.noising import Noising, noising_of
+from nearid_personalize.training.lora.families import ATTENTION
+from nearid_personalize.training.lora.loop import LoraOptions, LoraRun, load_family
+from nearid_personalize.training.lora.noising import Noising, noising_of
+from nearid_personalize.training.lora.pictures import read_references
 
 
 @dataclass(frozen=True)

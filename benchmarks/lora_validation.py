@@ -33,19 +33,19 @@ import torch
 import tyro
 from PIL import Image
 
-from nearid_personalize.floors import TextImageEncoder
-from nearid_personalize.images import write_atomically
+from nearid_personalize.files import write_atomically
+from nearid_personalize.floors.adherence import TextImageEncoder
+from nearid_personalize.lora.samples import adherence, draw_samples, measure_samples
 from nearid_personalize.metrics import bootstrap_interval
 from nearid_personalize.miniworld import CONTEXTS, Pet, Split, context_prompts, photos, sample_pet, weights_dir
 from nearid_personalize.miniworld.judge import context_of, judge
-from nearid_personalize.samples import adherence, draw_samples, measure_samples
-from nearid_personalize.scorer import IdentityScorer
-from nearid_personalize.training.base_model import recommended_rates
-from nearid_personalize.training.cached import Picture
-from nearid_personalize.training.lora import LoraOptions, Snapshot, train_lora
-from nearid_personalize.training.validation import IdentityValidation, ValidationOptions, without_word
-from nearid_personalize.training.validation_plan import ValidationPlan
-from nearid_personalize.training.validation_records import Limits, best_of, out_of_patience
+from nearid_personalize.scorer.scorer import IdentityScorer
+from nearid_personalize.training.lora.base_model import recommended_rates
+from nearid_personalize.training.lora.loop import LoraOptions, Snapshot, train_lora
+from nearid_personalize.training.lora.pictures import Picture
+from nearid_personalize.training.lora.validation import IdentityValidation, ValidationOptions, without_word
+from nearid_personalize.training.lora.validation_plan import ValidationPlan
+from nearid_personalize.training.lora.validation_records import Limits, best_of, out_of_patience
 
 NUM_REFERENCES = 4
 ARMS = (

@@ -19,10 +19,9 @@ import tyro
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nearid_personalize.training.families import FAMILIES, Family, StableDiffusion, Table, pack, unpack
-from nearid_personalize.training.lora import adapt
-from nearid_personalize.training.lora_options import LoraOptions
-from nearid_personalize.training.memory import (
+from nearid_personalize.training.lora.families import FAMILIES, Family, StableDiffusion, Table, pack, unpack
+from nearid_personalize.training.lora.loop import adapt
+from nearid_personalize.training.lora.memory import (
     GB,
     assemble,
     bytes_of,
@@ -32,6 +31,7 @@ from nearid_personalize.training.memory import (
     step_bytes,
     without_weights,
 )
+from nearid_personalize.training.lora.options import LoraOptions
 
 CLIP_L, CLIP_G, T5_XXL, QWEN_VL, QWEN3_4B = 123_060_480, 694_659_840, 4_762_310_656, 8_292_166_656, 4_022_468_096
 KL_VAE = {

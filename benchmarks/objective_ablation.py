@@ -15,14 +15,14 @@ from statistics import mean
 import torch
 import tyro
 
-from nearid_personalize.checkpoints import trunk_fingerprint
 from nearid_personalize.data import IdentityDataset, Rows
 from nearid_personalize.data.cache import CacheKey, CachePart, TokenCache, Trunk, cache_on_disk, plan_cache
-from nearid_personalize.encoder import NearIDModel, load_encoder
+from nearid_personalize.encoder.checkpoints import load_encoder, trunk_fingerprint
+from nearid_personalize.encoder.model import NearIDModel
+from nearid_personalize.encoder.preprocessing import Preprocessing
 from nearid_personalize.evaluation import Retrieval, evaluate_tokens
-from nearid_personalize.images import write_atomically
+from nearid_personalize.files import write_atomically
 from nearid_personalize.miniworld import part_edits, rows, weights_dir
-from nearid_personalize.preprocessing import Preprocessing
 from nearid_personalize.training.head import HeadOptions, train_head
 
 PART = {"part": (1, 1)}

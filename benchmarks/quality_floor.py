@@ -24,15 +24,10 @@ from drawn import Drawing, read
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from nearid_personalize.data.reconstruct import Reconstruction
-from nearid_personalize.encoder import load_encoder
-from nearid_personalize.floors import (
-    COPY_LIMIT,
-    AdherenceFloor,
-    CopyFloor,
-    QualityFloor,
-    TextImageEncoder,
-    picture_tokens,
-)
+from nearid_personalize.encoder.checkpoints import load_encoder
+from nearid_personalize.floors.adherence import AdherenceFloor, TextImageEncoder
+from nearid_personalize.floors.copies import COPY_LIMIT, CopyFloor
+from nearid_personalize.floors.quality import QualityFloor, picture_tokens
 from nearid_personalize.images import list_images, load_image, save_image
 from nearid_personalize.loading import load_pipeline
 from nearid_personalize.metrics import share_interval, wilson_interval

@@ -15,10 +15,10 @@ import tyro
 from drawn import Drawing, Drawn, draw, interval, read
 from PIL import Image
 
-from nearid_personalize.images import write_atomically
+from nearid_personalize.files import write_atomically
 from nearid_personalize.miniworld import weights_dir
 from nearid_personalize.miniworld.subjects import ATTRIBUTES
-from nearid_personalize.scorer import IdentityScorer
+from nearid_personalize.scorer.scorer import IdentityScorer
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from nearid_personalize.images import write_atomically
-from nearid_personalize.selection import FixedSchedule, PreviewProfile, RacingPolicy, StoppingPolicy, replay
+from nearid_personalize.files import write_atomically
+from nearid_personalize.guard.policy import FixedSchedule, RacingPolicy, StoppingPolicy
+from nearid_personalize.guard.profile import PreviewProfile
+from nearid_personalize.guard.replays import replay
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9)
 # Correlation of preview with final score at FRACTIONS; flux, sdxl: published at .2, .3 and .5, the rest by hand.

@@ -21,15 +21,15 @@ from drawn import shots_of
 from PIL import Image
 
 from nearid_personalize.commands.quickstart import quickstart_lora
-from nearid_personalize.floors import TextImageEncoder
-from nearid_personalize.images import write_atomically
+from nearid_personalize.files import write_atomically
+from nearid_personalize.floors.adherence import TextImageEncoder
+from nearid_personalize.lora.samples import draw_samples, measure_samples
 from nearid_personalize.metrics import bootstrap_interval
 from nearid_personalize.miniworld import CONTEXTS, Split, context_prompts, weights_dir
 from nearid_personalize.miniworld.judge import judge
-from nearid_personalize.samples import draw_samples, measure_samples
-from nearid_personalize.scorer import IdentityScorer
-from nearid_personalize.training.lora import LoraOptions, load_lora, train_lora
-from nearid_personalize.training.reward import load_reward_model
+from nearid_personalize.scorer.scorer import IdentityScorer
+from nearid_personalize.training.lora.loop import LoraOptions, load_lora, train_lora
+from nearid_personalize.training.lora.reward import load_reward_model
 
 ARMS = ("plain", "longer", "reward")
 VALUES = ("agreement", "adherence", "diversity", "identity", "reward_identity", "copy_rate", "seconds", "cpu_seconds")

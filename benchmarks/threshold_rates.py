@@ -20,13 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nearid_personalize import InputError
-from nearid_personalize.calibration import CalibrationBank, KnownScores
 from nearid_personalize.evaluation import with_interval
 from nearid_personalize.metrics import bootstrap_interval
 from nearid_personalize.miniworld import CATEGORIES, CONTEXTS, render, sample_pet, sample_view, weights_dir
 from nearid_personalize.miniworld.pairs import as_drawn, embed_pairs, known_pairs
 from nearid_personalize.miniworld.subjects import pick
-from nearid_personalize.scorer import BANK_FILE, IdentityScorer, Subject, identity_scores
+from nearid_personalize.scorer.calibration import CalibrationBank, KnownScores
+from nearid_personalize.scorer.scorer import IdentityScorer
+from nearid_personalize.scorer.subject import BANK_FILE, Subject, identity_scores
 
 PHOTOS = (1, 2, 4, 8)
 

@@ -24,10 +24,11 @@ from scipy.fft import dctn
 from torch import Tensor
 from tqdm import tqdm
 
-from nearid_personalize.calibration import CalibrationBank
 from nearid_personalize.metrics import bootstrap_interval
 from nearid_personalize.miniworld import render, sample_pet, sample_view, similar_pet, weights_dir
-from nearid_personalize.scorer import IdentityScorer, Subject, identity_scores
+from nearid_personalize.scorer.calibration import CalibrationBank
+from nearid_personalize.scorer.scorer import IdentityScorer
+from nearid_personalize.scorer.subject import Subject, identity_scores
 from nearid_personalize.verification import error_rates, judge
 
 GOODS = ("robot", "teapot")

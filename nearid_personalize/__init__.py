@@ -10,33 +10,35 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig
 
+from nearid_personalize.lazy import attributes_of
+
 if TYPE_CHECKING:
-    from nearid_personalize.calibration import Calibration as Calibration
-    from nearid_personalize.calibration import CalibrationBank as CalibrationBank
-    from nearid_personalize.encoder import NearIDConfig as NearIDConfig
-    from nearid_personalize.encoder import NearIDModel as NearIDModel
+    from nearid_personalize.encoder.model import NearIDConfig as NearIDConfig
+    from nearid_personalize.encoder.model import NearIDModel as NearIDModel
     from nearid_personalize.errors import InputError as InputError
-    from nearid_personalize.guard import IdentityGuard as IdentityGuard
-    from nearid_personalize.scorer import IdentityScorer as IdentityScorer
-    from nearid_personalize.scorer import Ranking as Ranking
-    from nearid_personalize.scorer import Subject as Subject
-    from nearid_personalize.selection import FixedSchedule as FixedSchedule
-    from nearid_personalize.selection import PreviewProfile as PreviewProfile
-    from nearid_personalize.selection import RacingPolicy as RacingPolicy
+    from nearid_personalize.guard.guard import IdentityGuard as IdentityGuard
+    from nearid_personalize.guard.policy import FixedSchedule as FixedSchedule
+    from nearid_personalize.guard.policy import RacingPolicy as RacingPolicy
+    from nearid_personalize.guard.profile import PreviewProfile as PreviewProfile
+    from nearid_personalize.scorer.calibration import Calibration as Calibration
+    from nearid_personalize.scorer.calibration import CalibrationBank as CalibrationBank
+    from nearid_personalize.scorer.ranking import Ranking as Ranking
+    from nearid_personalize.scorer.scorer import IdentityScorer as IdentityScorer
+    from nearid_personalize.scorer.subject import Subject as Subject
 
 _HOME_OF = {
-    "Calibration": "calibration",
-    "CalibrationBank": "calibration",
-    "FixedSchedule": "selection",
-    "IdentityGuard": "guard",
-    "IdentityScorer": "scorer",
+    "Calibration": "scorer.calibration",
+    "CalibrationBank": "scorer.calibration",
+    "FixedSchedule": "guard.policy",
+    "IdentityGuard": "guard.guard",
+    "IdentityScorer": "scorer.scorer",
     "InputError": "errors",
-    "NearIDConfig": "encoder",
-    "NearIDModel": "encoder",
-    "PreviewProfile": "selection",
-    "RacingPolicy": "selection",
-    "Ranking": "scorer",
-    "Subject": "scorer",
+    "NearIDConfig": "encoder.model",
+    "NearIDModel": "encoder.model",
+    "PreviewProfile": "guard.profile",
+    "RacingPolicy": "guard.policy",
+    "Ranking": "scorer.ranking",
+    "Subject": "scorer.subject",
 }
 __all__ = ["__version__", *_HOME_OF]
 
@@ -46,13 +48,7 @@ except PackageNotFoundError:  # run from a checkout that was never installed
     __version__ = "0+unknown"
 
 
-def __getattr__(name: str) -> object:
-    """Import a public name from its module the first time it is asked for (PEP 562)."""
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = attributes_of(__name__, _HOME_OF)
 
 
 class _NearIDConfigOnDemand:
@@ -63,15 +59,11 @@ class _NearIDConfigOnDemand:
     """
 
     def __new__(cls, *args: object, **fields: object):
-        return import_module("nearid_personalize.encoder").NearIDConfig(*args, **fields)
+        return import_module("nearid_personalize.encoder.model").NearIDConfig(*args, **fields)
 
     @staticmethod
     def from_dict(config_dict: dict, **fields: object):
-        return import_module("nearid_personalize.encoder").NearIDConfig.from_dict(config_dict, **fields)
+        return import_module("nearid_personalize.encoder.model").NearIDConfig.from_dict(config_dict, **fields)
 
 
 AutoConfig.register("nearid", _NearIDConfigOnDemand, exist_ok=True)
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))

@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearid_personalize.encoder import NearIDModel
+from nearid_personalize.encoder.model import NearIDModel
+from nearid_personalize.encoder.trunks import has_class_token
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import check_pixel_range, iterate_sources, load_image, to_square
-from nearid_personalize.scorer import Aggregation, IdentityScorer, Images, identity_scores
-from nearid_personalize.trunks import has_class_token
+from nearid_personalize.scorer.scorer import Aggregation, IdentityScorer, Images
+from nearid_personalize.scorer.subject import identity_scores
 
 SHIFTS = 4
 """Positions of the patch grid along each axis; their square is how often the trunk runs on a picture."""

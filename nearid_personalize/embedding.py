@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from nearid_personalize.encoder import NearIDModel
+from nearid_personalize.encoder.model import NearIDModel
+from nearid_personalize.encoder.preprocessing import Preprocessing
 from nearid_personalize.images import to_square
-from nearid_personalize.preprocessing import Preprocessing
 
 Reader: TypeAlias = Callable[[], Image.Image | None]
 """Decodes one picture; None: there is no picture in this place."""

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from nearid_personalize import metrics
 from nearid_personalize.data import IdentityDataset, Rows
 from nearid_personalize.data.cache import Items, LiveTokens, TokenSource, cache_in_memory
-from nearid_personalize.encoder import NearIDModel
-from nearid_personalize.preprocessing import Preprocessing
+from nearid_personalize.encoder.model import NearIDModel
+from nearid_personalize.encoder.preprocessing import Preprocessing
 
 ROWS_PER_BATCH = 32
 NUM_RESAMPLES = 2000

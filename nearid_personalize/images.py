@@ -4,11 +4,7 @@ Conventions: a PIL picture is 8-bit RGB; a tensor is RGB float `[N,3,H,W]` in [0
 """
 
 import os
-import re
 import struct
-import tempfile
-import unicodedata
-import uuid
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,12 +20,17 @@ from PIL import Image, ImageOps
 from torch._subclasses.fake_tensor import FakeTensor
 
 from nearid_personalize.errors import InputError
+from nearid_personalize.files import write_atomically
 
 ImageSource: TypeAlias = str | Path | bytes | Image.Image | np.ndarray | torch.Tensor
+
+
 Resample: TypeAlias = Literal["bicubic", "bilinear"]
+
 
 MAX_PIXELS = 100_000_000
 """Largest picture read, in pixels: 100 MP is 300 MB once decoded."""
+
 
 IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"),
@@ -37,19 +38,23 @@ IMAGE_SUFFIXES = (
 )
 """How the names of pictures end. What a file holds is told from its first bytes, whatever its name."""
 
+
 MASK_SUFFIX = ".mask"  # photo.mask.png beside photo.jpg
+
 
 # Pillow's other readers are left out whatever a file is called: the EPS one runs Ghostscript on it.
 _FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "PNG", "TIFF", "WEBP")
 
+
 # The two formats that not every installation reads: how their files begin, and what reads them.
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+
+
 _OPTIONAL = {
     "AVIF": ((b"avif", b"avis"), "Pillow 11.3 or newer reads it (pip install -U pillow)"),
     "HEIF": (_HEIF_BRANDS, "pillow-heif reads it (pip install 'nearid-personalize[heic]')"),
 }
 
-_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}  # of Windows
 
 # What Pillow raises on damaged data. Flipping and cutting bytes in 400,000 files met the first six of these: its AVIF
 # decoder raises RuntimeError, its TIFF reader TypeError.
@@ -60,8 +65,6 @@ _DECODE_ERRORS = (
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
-
-
 def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """One picture as 8-bit RGB, upright.
 
@@ -273,25 +276,7 @@ def _too_large(name: str, pixels: str, max_pixels: int) -> str:
     return f"{name}: {pixels} pixels; at most {max_pixels:,} are read; make the picture smaller first"
 
 
-# --- names of strangers' files ---------------------------------------------------------------------------------------
-
-
-def safe_name(name: str, default: str = "file") -> str:
-    """A file name for this machine's disk out of one that a stranger gave: no folder, no hidden file, at most 100 long.
-
-    Letters and digits of any script, "-", "_" and single dots stay; the suffix is kept when it is cut.
-    """
-    last = unicodedata.normalize("NFKC", name).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
-    plain = re.sub(r"[^\w.\-]+", "_", last)
-    plain = re.sub(r"\.{2,}", ".", plain).strip("._")
-    stem, dot, suffix = plain.rpartition(".")
-    kept = f"{stem[: 99 - len(suffix)]}.{suffix}" if dot and len(suffix) < 20 else plain[:100]
-    return f"_{kept}" if kept.split(".")[0].upper() in _DEVICES else kept or default
-
-
 # --- to tensors ------------------------------------------------------------------------------------------------------
-
-
 def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
     """RGB pictures, all of one size, as float `[N,3,H,W]` in [0, 1].
 
@@ -384,43 +369,6 @@ def _resize_as_is(pixels: torch.Tensor, size: int, resample: Resample) -> torch.
     if pixels.shape[-2:] == (size, size):
         return pixels
     return torch.nn.functional.interpolate(pixels, size=(size, size), mode=resample, antialias=True)
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def check_writable(folder: Path, flag: str = "--out") -> None:
-    """Create an output folder and try a file in it, so that no long work ends at a closed door.
-
-    Raises:
-        InputError: it cannot be created or written to; the message names the flag that it came from.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"{flag} {folder}: cannot be written ({reason}); give a folder that can") from None
-
-
-def write_atomically(path: str | Path, content: bytes | str) -> None:
-    """Write a whole file or nothing: into a temporary file of the same folder, then renamed over `path`.
-
-    Text is written as UTF-8. Raises OSError as `open` does, also when the disk is full; `path` then is as it was.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        # Writing to an open file does not say which one it was.
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:

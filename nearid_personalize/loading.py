@@ -67,7 +67,7 @@ def load_pipeline(base_model: str, device: str, dtype: torch.dtype) -> "Diffusio
 
 def check_denoiser_precision(pipe: "DiffusionPipeline", dtype: torch.dtype) -> None:
     """Refuse a pipeline whose denoiser is not in the precision that was asked for; raises InputError."""
-    from nearid_personalize.checkpoints import check_precision
+    from nearid_personalize.encoder.checkpoints import check_precision
 
     denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
     if denoiser is not None:

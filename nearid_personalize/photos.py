@@ -12,8 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.floors import Floor, near_duplicates
-from nearid_personalize.scorer import IdentityScorer, identity_scores
+from nearid_personalize.floors.base import Floor
+from nearid_personalize.floors.copies import near_duplicates
+from nearid_personalize.scorer.scorer import IdentityScorer
+from nearid_personalize.scorer.subject import identity_scores
 
 ENOUGH_PHOTOS = 3
 """From this many on an odd one out can be told, and one bad photo does not decide."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.images import write_atomically
+from nearid_personalize.files import write_atomically
 
 REPORT, METADATA, PARQUET, IMAGES = "report.json", "metadata.jsonl", "pairs.parquet", "images"
 

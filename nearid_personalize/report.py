@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from nearid_personalize.images import save_image, write_atomically
+from nearid_personalize.files import write_atomically
+from nearid_personalize.images import save_image
 
 if TYPE_CHECKING:
-    from nearid_personalize.guard import Candidate, GuardResult
+    from nearid_personalize.guard.result import Candidate, GuardResult
 
 Color: TypeAlias = tuple[int, int, int]
 

@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 from torch.func import functional_call
 
-from nearid_personalize.checkpoints import weights_fingerprint
+from nearid_personalize.encoder.checkpoints import weights_fingerprint
 from nearid_personalize.errors import InputError
-from nearid_personalize.floors import Floor
+from nearid_personalize.floors.base import Floor
 from nearid_personalize.images import ImageSource, check_pixel_range, load_images
-from nearid_personalize.scorer import IdentityScorer, Subject, identity_scores
+from nearid_personalize.scorer.scorer import IdentityScorer
+from nearid_personalize.scorer.subject import Subject, identity_scores
 
 Pictures = ImageSource | Iterable[ImageSource]
 """A tensor [N,3,H,W], an array [N,H,W,3], or single pictures in a sequence; uint8, or float in [0, 1]."""

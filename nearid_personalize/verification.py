@@ -16,11 +16,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from nearid_personalize.calibration import smallest_rate
 from nearid_personalize.driftmap import DriftMap, drift_map
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import ImageSource
-from nearid_personalize.scorer import IdentityScorer, Images, Subject, identity_scores
+from nearid_personalize.scorer.calibration import smallest_rate
+from nearid_personalize.scorer.scorer import IdentityScorer, Images
+from nearid_personalize.scorer.subject import Subject, identity_scores
 
 Verdict: TypeAlias = Literal["same", "different", "unsure"]
 Item: TypeAlias = "ImageSource | Sequence[ImageSource]"

@@ -25,9 +25,11 @@ from diffusers.modular_pipelines import (
 )
 
 from nearid_personalize import InputError
-from nearid_personalize.denoising import as_pixels, decode_latents, predict_clean, steps_at
-from nearid_personalize.guard import STEP_FRACTIONS, preview_scores, to_pictures
-from nearid_personalize.selection import DEFAULT_POLICY, best_accepted, needs_previews, rank_candidates
+from nearid_personalize.guard.hooks import steps_at
+from nearid_personalize.guard.policy import DEFAULT_POLICY, STEP_FRACTIONS, needs_previews
+from nearid_personalize.guard.previews import as_pixels, decode_latents, predict_clean
+from nearid_personalize.guard.race import preview_scores, to_pictures
+from nearid_personalize.scorer.ranking import best_accepted, rank_candidates
 
 FAMILIES = {
     "flux": "FluxAutoBlocks",

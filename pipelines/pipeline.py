@@ -16,7 +16,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from nearid_personalize import IdentityGuard, IdentityScorer, InputError
-from nearid_personalize.denoising import find_denoiser
+from nearid_personalize.guard.hooks import find_denoiser
 
 
 class Guarded:

@@ -126,7 +126,7 @@ def tiny_nearid_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import SiglipVisionConfig
 
     from nearid_personalize import NearIDModel
-    from nearid_personalize.encoder import NearIDConfig
+    from nearid_personalize.encoder.model import NearIDConfig
 
     torch.manual_seed(0)
     vision_config = SiglipVisionConfig(

@@ -20,14 +20,13 @@ def load_base(name: str) -> str:
 
 
 def load_base_to_train(name: str) -> str:
-    from nearid_personalize.training.lora import LoraOptions, load_family
+    from nearid_personalize.training.lora.loop import LoraOptions, load_family
 
     return type(load_family(LoraOptions(base_model=name, references=Path("."), output=Path(".")))).__name__
 
 
 def find_lora(name: str) -> str:
-    from nearid_personalize.report_card import find_loras
-    from nearid_personalize.training.lora_files import check_lora_file, find_lora_file
+    from nearid_personalize.lora.files import check_lora_file, find_lora_file, find_loras
 
     assert list(find_loras([Path(name)]).values()) == [find_lora_file(name)]
     return str(check_lora_file(find_lora_file(name)).rank)

@@ -165,7 +165,7 @@ def test_both_trainers_refuse_it_in_one_line(
 def test_a_lora_trains_alike_with_sdpa_and_leaves_no_trace(
     tiny_kl_pipeline_dir: Path, photo_dir: Path, tmp_path: Path
 ) -> None:
-    from nearid_personalize.training.lora import LoraOptions, train_lora
+    from nearid_personalize.training.lora.loop import LoraOptions, train_lora
 
     default = Registry.get_active_backend()[0]
     losses: dict[str, list[float]] = {"auto": [], "sdpa": []}

@@ -19,11 +19,11 @@ from test_cli import nearid
 from torch import Tensor
 
 from nearid_personalize import metrics
-from nearid_personalize.checkpoints import save_head
 from nearid_personalize.cli import parse
 from nearid_personalize.data import benchmarks
 from nearid_personalize.data.benchmarks import NEARID, TABLE_SOURCES, load_rated_pictures
-from nearid_personalize.encoder import NearIDModel, load_encoder
+from nearid_personalize.encoder.checkpoints import load_encoder, save_head
+from nearid_personalize.encoder.model import NearIDModel
 from nearid_personalize.errors import InputError
 from nearid_personalize.evaluation import measure_agreement, measure_sources
 

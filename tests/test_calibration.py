@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nearid_personalize import Calibration, InputError
-from nearid_personalize.calibration import (
+from nearid_personalize.scorer.calibration import (
     CalibrationBank,
     KnownScores,
     ThresholdOrigin,
@@ -15,7 +15,7 @@ from nearid_personalize.calibration import (
     leave_one_out_scores,
     smallest_rate,
 )
-from nearid_personalize.scorer import identity_scores
+from nearid_personalize.scorer.subject import identity_scores
 
 AGGREGATIONS = ("mean", "max", "centroid")
 MEASURED = Calibration(0.625, 0.01, 0.1, 100, 200, "centroid")

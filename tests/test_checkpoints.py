@@ -21,17 +21,18 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from nearid_personalize.checkpoints import (
+from nearid_personalize.encoder.checkpoints import (
     attach_head,
     check_precision,
     export_released_layout,
     head_trunk,
+    load_encoder,
     save_head,
     trunk_fingerprint,
 )
-from nearid_personalize.encoder import NearIDModel, load_encoder
+from nearid_personalize.encoder.model import NearIDModel
+from nearid_personalize.encoder.preprocessing import Preprocessing
 from nearid_personalize.errors import InputError
-from nearid_personalize.preprocessing import Preprocessing
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 PREPROCESSING = Preprocessing(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

@@ -12,11 +12,10 @@ from conftest import checkered
 from PIL import Image
 
 from nearid_personalize import cli
-from nearid_personalize.checkpoints import save_head
 from nearid_personalize.commands.console import Stopwatch, table
 from nearid_personalize.commands.generate import read_profile
 from nearid_personalize.commands.quickstart import choose_prompt, write_references
-from nearid_personalize.encoder import load_encoder
+from nearid_personalize.encoder.checkpoints import load_encoder, save_head
 from nearid_personalize.errors import InputError
 from nearid_personalize.evaluation import evaluate_rows
 from nearid_personalize.miniworld import part_edits

@@ -7,7 +7,6 @@ import torch
 from tiles import PREPROCESSING, Tiles, same, tiny_model, weights
 
 from nearid_personalize import InputError, miniworld
-from nearid_personalize.checkpoints import trunk_fingerprint
 from nearid_personalize.data import IdentityDataset
 from nearid_personalize.data import cache as cache_module
 from nearid_personalize.data import shards as shards_module
@@ -22,6 +21,7 @@ from nearid_personalize.data.cache import (
     cache_on_disk,
     plan_cache,
 )
+from nearid_personalize.encoder.checkpoints import trunk_fingerprint
 from nearid_personalize.images import preprocess
 
 

@@ -11,20 +11,9 @@ import torch
 from conftest import checkered
 from tiny_pipelines import build, embeddings, tiny_vae
 
-from nearid_personalize.denoising import (
-    TESTED_SCHEDULERS,
-    Denoised,
-    Moment,
-    as_pixels,
-    can_batch,
-    can_race,
-    decode_latents,
-    denoise,
-    find_denoiser,
-    predict_clean,
-    steps_at,
-)
 from nearid_personalize.errors import InputError
+from nearid_personalize.guard.hooks import Denoised, Moment, can_batch, can_race, denoise, find_denoiser, steps_at
+from nearid_personalize.guard.previews import TESTED_SCHEDULERS, as_pixels, decode_latents, predict_clean
 
 N, STEPS = 4, 4
 TOLERANCE = 1e-5

@@ -17,9 +17,9 @@ from nearid_personalize.driftmap import (
     resolve_grids,
     shifted_grids,
 )
+from nearid_personalize.encoder.trunks import default_preprocessing
 from nearid_personalize.miniworld import part_edit, photos
-from nearid_personalize.scorer import identity_scores
-from nearid_personalize.trunks import default_preprocessing
+from nearid_personalize.scorer.subject import identity_scores
 
 
 def tiny_scorer(family="siglip", batch_size=64):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, SiglipVisionConfig, SiglipVisionModel, ViTConfig
 
-from nearid_personalize.encoder import NearIDConfig, NearIDModel, load_encoder
-from nearid_personalize.pooling import attention_pool
+from nearid_personalize.encoder.checkpoints import load_encoder
+from nearid_personalize.encoder.model import NearIDConfig, NearIDModel
+from nearid_personalize.encoder.pooling import attention_pool
 
 
 def tiny_vision_model(seed=0):

@@ -16,26 +16,21 @@ from PIL import Image, ImageEnhance, ImageOps
 from safetensors.torch import save
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
-from nearid_personalize.encoder import load_encoder
+from nearid_personalize.encoder.checkpoints import load_encoder
 from nearid_personalize.errors import InputError
-from nearid_personalize.floors import (
+from nearid_personalize.floors.adherence import AdherenceFloor, TextImageEncoder
+from nearid_personalize.floors.copies import (
     COPY_LIMIT,
-    AdherenceFloor,
     CopyFloor,
-    QualityFloor,
-    QualityProbe,
-    QualityRates,
-    TextImageEncoder,
     copy_rate,
     copy_similarity,
     diversity,
-    find_quality_floor,
     near_duplicates,
-    save_quality,
     thumbnails,
 )
+from nearid_personalize.floors.quality import QualityFloor, QualityProbe, QualityRates, find_quality_floor, save_quality
 from nearid_personalize.miniworld import View, example_references, photos, render, sample_pet
-from nearid_personalize.scorer import IdentityScorer
+from nearid_personalize.scorer.scorer import IdentityScorer
 
 
 @pytest.fixture(scope="module")

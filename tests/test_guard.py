@@ -9,13 +9,14 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.guard import Glimpse, GuardResults, IdentityGuard, NothingAcceptedWarning
-from nearid_personalize.scorer import IdentityScorer
-from nearid_personalize.selection import FixedSchedule, RacingPolicy
+from nearid_personalize.guard.guard import IdentityGuard
+from nearid_personalize.guard.policy import FixedSchedule, RacingPolicy
+from nearid_personalize.guard.result import Glimpse, GuardResults, NothingAcceptedWarning
+from nearid_personalize.scorer.scorer import IdentityScorer
 
 STEPS = 3
 
-pytestmark = pytest.mark.filterwarnings("ignore::nearid_personalize.guard.NothingAcceptedWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::nearid_personalize.guard.result.NothingAcceptedWarning")
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from test_denoising import ip_adapter, traces, with_safety_checker
 from tiny_pipelines import build, from_a_picture
 
 from nearid_personalize import IdentityGuard, IdentityScorer, InputError
-from nearid_personalize.guard import NothingAcceptedWarning
-from nearid_personalize.selection import FixedSchedule
+from nearid_personalize.guard.policy import FixedSchedule
+from nearid_personalize.guard.result import NothingAcceptedWarning
 
 N, STEPS = 4, 4
 
@@ -99,7 +99,7 @@ def test_pipelines_that_cannot_keep_a_batchs_promise_draw_one_at_a_time(guarded)
 
 
 def test_chosen_floors_work_where_and_as_the_scorer_does(tiny_nearid_dir):
-    from nearid_personalize.floors import chosen_floors
+    from nearid_personalize.floors.chosen import chosen_floors
 
     scorer = IdentityScorer.from_pretrained(tiny_nearid_dir, dtype=torch.bfloat16)
     (floor,) = chosen_floors(str(tiny_nearid_dir), scorer, [checkered(0)], text_image_model="miniworld")
@@ -178,7 +178,7 @@ def test_pictures_blackened_by_a_safety_checker_are_rejected(scorer, guarded):
 
 def test_a_blackened_picture_is_no_evidence_for_the_policy(guarded):
     """A second wave is informed by what finished: by seen pictures alone, and ranked after them."""
-    from nearid_personalize.selection import RacingPolicy
+    from nearid_personalize.guard.policy import RacingPolicy
 
     pipe, arguments = build("sd")
     with_safety_checker(pipe)

@@ -68,8 +68,7 @@ def folders(
     tmp_path_factory: pytest.TempPathFactory, tiny_nearid_dir: Path, tiny_pipeline_dir: Path
 ) -> SimpleNamespace:
     """Local copies of what the hub offers: an encoder, a head alone, a pipeline, a LoRA and a data set."""
-    from nearid_personalize.checkpoints import save_head
-    from nearid_personalize.encoder import load_encoder
+    from nearid_personalize.encoder.checkpoints import load_encoder, save_head
 
     root = tmp_path_factory.mktemp("published")
     model, preprocessing, _ = load_encoder(tiny_nearid_dir)

@@ -15,9 +15,9 @@ from test_examples import save_lora
 from tiny_pipelines import build
 
 from nearid_personalize import IdentityGuard, IdentityScorer, InputError
-from nearid_personalize.denoising import decode_latents
-from nearid_personalize.floors import AdherenceFloor, TextImageEncoder
-from nearid_personalize.selection import FixedSchedule
+from nearid_personalize.floors.adherence import AdherenceFloor, TextImageEncoder
+from nearid_personalize.guard.policy import FixedSchedule
+from nearid_personalize.guard.previews import decode_latents
 
 PIPELINES = str(Path(__file__).parent.parent / "pipelines")
 HALVING = FixedSchedule({0.5: 0.5})

@@ -3,7 +3,7 @@ import torch.nn.functional as F
 from transformers import Siglip2VisionConfig, SiglipVisionConfig
 from transformers.models.siglip2.modeling_siglip2 import Siglip2MultiheadAttentionPoolingHead
 
-from nearid_personalize.pooling import MeanPoolingHead, SiglipMultiheadAttentionPoolingHead, attention_pool
+from nearid_personalize.encoder.pooling import MeanPoolingHead, SiglipMultiheadAttentionPoolingHead, attention_pool
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}
 

@@ -12,13 +12,14 @@ from transformers import SiglipVisionConfig
 
 from nearid_personalize import IdentityScorer, NearIDModel
 from nearid_personalize.driftmap import drift_maps
-from nearid_personalize.encoder import NearIDConfig
-from nearid_personalize.floors import AdherenceFloor, QualityFloor
+from nearid_personalize.encoder.model import NearIDConfig
+from nearid_personalize.floors.adherence import AdherenceFloor
+from nearid_personalize.floors.quality import QualityFloor
 from nearid_personalize.images import to_tensor
 from nearid_personalize.miniworld import example_references, photos, sample_pet, similar_pet
 from nearid_personalize.photos import check_photos
 from nearid_personalize.rewards import IdentityReward, identity_reward
-from nearid_personalize.scorer import Subject
+from nearid_personalize.scorer.subject import Subject
 
 NEAR = 0.01
 """By how much scores may differ, of cosines in [-1, 1]; bfloat16 keeps three digits."""

@@ -12,8 +12,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
+from nearid_personalize.encoder.preprocessing import Preprocessing
 from nearid_personalize.errors import InputError
-from nearid_personalize.preprocessing import Preprocessing
 
 DEFAULT = Preprocessing(384)
 

@@ -9,7 +9,7 @@ from conftest import checkered
 from PIL import Image
 
 from nearid_personalize import report
-from nearid_personalize.guard import Candidate, Cost, GuardResult
+from nearid_personalize.guard.result import Candidate, Cost, GuardResult
 from nearid_personalize.report import TILE, Tile
 
 GREEN, RED, GREY = (report._STATUS_COLOR[status] for status in ("accepted", "rejected", "stopped"))

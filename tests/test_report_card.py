@@ -16,24 +16,21 @@ from safetensors.torch import load_file, save_file
 from nearid_personalize import IdentityScorer, cli
 from nearid_personalize.commands.quickstart import quickstart_lora
 from nearid_personalize.errors import InputError
-from nearid_personalize.report_card import (
+from nearid_personalize.lora.card import (
     Cell,
     Jury,
     ReportCard,
     Shot,
-    find_loras,
     report_card,
-    subject_of,
     thumbnail,
     times,
-    to_html,
     verdict,
-    weakness,
     wilson_interval,
 )
-from nearid_personalize.samples import draw_samples
-from nearid_personalize.training.lora import WEIGHTS_NAME, LoraOptions, load_lora, train_lora
-from nearid_personalize.training.lora_files import check_lora_file
+from nearid_personalize.lora.card_page import to_html, weakness
+from nearid_personalize.lora.files import check_lora_file, find_loras, subject_of
+from nearid_personalize.lora.samples import draw_samples
+from nearid_personalize.training.lora.loop import WEIGHTS_NAME, LoraOptions, load_lora, train_lora
 
 PROMPTS = ("a photo of sks dog", "sks dog in <space> & snow")
 

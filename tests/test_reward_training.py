@@ -16,11 +16,11 @@ from test_training_lora_families import NAMES, build, folders  # noqa: F401 - a 
 
 from nearid_personalize import IdentityScorer, InputError
 from nearid_personalize.miniworld import example_references, weights_dir
-from nearid_personalize.training import lora
-from nearid_personalize.training.cached import read_references
-from nearid_personalize.training.lora import WEIGHTS_NAME, LoraOptions, LoraRun, read_metadata, train_lora
-from nearid_personalize.training.noising import sample, trajectory_of
-from nearid_personalize.training.reward import RewardGuard, enroll_reward
+from nearid_personalize.training.lora import loop as lora
+from nearid_personalize.training.lora.loop import WEIGHTS_NAME, LoraOptions, LoraRun, read_metadata, train_lora
+from nearid_personalize.training.lora.noising import sample, trajectory_of
+from nearid_personalize.training.lora.pictures import read_references
+from nearid_personalize.training.lora.reward import RewardGuard, enroll_reward
 
 ROOT = Path(__file__).parent.parent
 
@@ -311,6 +311,6 @@ def test_refusals(options, monkeypatch):
         dataclasses.replace(options, reward_steps=4)
     with pytest.raises(InputError, match="--validate-every 2: the reward begins at step 2"):
         train_lora(dataclasses.replace(options, validate_every=2), falling)
-    monkeypatch.setattr("nearid_personalize.training.reward.TESTED_FAMILIES", frozenset())
+    monkeypatch.setattr("nearid_personalize.training.lora.reward.TESTED_FAMILIES", frozenset())
     with pytest.raises(InputError, match="StableDiffusionPipeline is not tested with a reward"):
         start(options)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageEnhance
 
 from nearid_personalize import IdentityScorer, InputError
-from nearid_personalize.floors import CopyFloor
+from nearid_personalize.floors.copies import CopyFloor
 from nearid_personalize.images import to_tensor
 from nearid_personalize.miniworld import example_references
 from nearid_personalize.rewards import IdentityReward, identity_reward, require_other_head

@@ -9,12 +9,13 @@ from conftest import checkered
 from tiny_pipelines import flux, sd, sdxl
 
 from nearid_personalize import IdentityScorer
-from nearid_personalize.denoising import find_denoiser
 from nearid_personalize.errors import InputError
-from nearid_personalize.floors import COPY_LIMIT, TextImageEncoder, copy_similarity, diversity, thumbnails
+from nearid_personalize.floors.adherence import TextImageEncoder
+from nearid_personalize.floors.copies import COPY_LIMIT, copy_similarity, diversity, thumbnails
+from nearid_personalize.guard.hooks import find_denoiser
 from nearid_personalize.images import to_tensor
+from nearid_personalize.lora.samples import SampleScores, default_prompts, draw_samples, measure_samples
 from nearid_personalize.miniworld import context_prompts, example_references
-from nearid_personalize.samples import SampleScores, default_prompts, draw_samples, measure_samples
 
 
 @pytest.mark.parametrize("living", [True, False])

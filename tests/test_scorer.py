@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from transformers import Dinov2Config, Dinov2Model
 
 from nearid_personalize import Calibration, IdentityScorer, InputError, NearIDModel, Subject
-from nearid_personalize.calibration import CalibrationBank, ThresholdOrigin, leave_one_out_scores
-from nearid_personalize.checkpoints import save_head
 from nearid_personalize.driftmap import drift_map
+from nearid_personalize.encoder.checkpoints import save_head
 from nearid_personalize.images import load_image as decode
 from nearid_personalize.rewards import identity_reward
-from nearid_personalize.scorer import (
+from nearid_personalize.scorer.calibration import CalibrationBank, ThresholdOrigin, leave_one_out_scores
+from nearid_personalize.scorer.subject import (
     SINGLE_REFERENCE_THRESHOLD,
     UNCALIBRATED_MARGIN,
     identity_scores,
@@ -203,7 +203,7 @@ def test_decoding_goes_on_while_the_model_runs(tiny_nearid_dir, pictures, monkey
             fifth_decoded.set()
         return image
 
-    monkeypatch.setattr("nearid_personalize.scorer.load_image", load_image)
+    monkeypatch.setattr("nearid_personalize.scorer.scorer.load_image", load_image)
     small = scorer_in_batches(tiny_nearid_dir, 4)
     features, waited = small._features, []
 

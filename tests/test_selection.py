@@ -13,21 +13,17 @@ import pytest
 import torch
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.selection import (
+from nearid_personalize.guard.policy import (
     DEFAULT_POLICY,
     FixedSchedule,
-    PreviewProfile,
     RacingPolicy,
-    Replay,
-    asked_columns,
-    best_accepted,
     chance_among_best,
-    full_spread,
     needs_previews,
     next_wave,
-    rank_candidates,
-    replay,
 )
+from nearid_personalize.guard.profile import PreviewProfile, full_spread
+from nearid_personalize.guard.replays import Replay, asked_columns, replay
+from nearid_personalize.scorer.ranking import best_accepted, rank_candidates
 
 NAN = float("nan")
 

@@ -13,10 +13,10 @@ from original_layout import original_layout
 from safetensors.torch import save_file
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.training.adapters import add_adapters, parameter_groups
-from nearid_personalize.training.base_model import RECOMMENDED, load_base_model
-from nearid_personalize.training.families import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL
-from nearid_personalize.training.lora_options import BaseSource, LoraOptions
+from nearid_personalize.training.lora.adapters import add_adapters, parameter_groups
+from nearid_personalize.training.lora.base_model import RECOMMENDED, load_base_model
+from nearid_personalize.training.lora.families import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL
+from nearid_personalize.training.lora.options import BaseSource, LoraOptions
 
 ROOT = Path(__file__).parent.parent
 UNUSED = {"references": Path(), "output": Path()}

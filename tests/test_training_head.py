@@ -27,8 +27,8 @@ from nearid_personalize.commands.flags import run_program
 from nearid_personalize.commands.options import Evaluate
 from nearid_personalize.data import cache as cache_module
 from nearid_personalize.data.cache import TokenCache, cache_in_memory
-from nearid_personalize.encoder import load_encoder
-from nearid_personalize.preprocessing import Preprocessing
+from nearid_personalize.encoder.checkpoints import load_encoder
+from nearid_personalize.encoder.preprocessing import Preprocessing
 from nearid_personalize.training.head import (
     DataShare,
     HeadOptions,

@@ -19,14 +19,14 @@ from tqdm import tqdm
 from transformers import CLIPTextModel
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.training import lora
-from nearid_personalize.training.adapters import add_adapters, make_optimizer, token_id
-from nearid_personalize.training.cached import batch_loss, encode_all, make_batch, read_references
-from nearid_personalize.training.families import StableDiffusion
-from nearid_personalize.training.lora import WEIGHTS_NAME, LoraOptions, load_lora, read_metadata, train_lora
-from nearid_personalize.training.lora_checkpoints import checkpoints
-from nearid_personalize.training.lora_files import count_missing
-from nearid_personalize.training.noising import flow_noising
+from nearid_personalize.lora.files import count_missing
+from nearid_personalize.training.lora import loop as lora
+from nearid_personalize.training.lora.adapters import add_adapters, make_optimizer, token_id
+from nearid_personalize.training.lora.checkpoints import checkpoints
+from nearid_personalize.training.lora.families import StableDiffusion
+from nearid_personalize.training.lora.loop import WEIGHTS_NAME, LoraOptions, load_lora, read_metadata, train_lora
+from nearid_personalize.training.lora.noising import flow_noising
+from nearid_personalize.training.lora.pictures import batch_loss, encode_all, make_batch, read_references
 
 ROOT = Path(__file__).parent.parent
 
@@ -442,6 +442,6 @@ def test_count_missing_pairs_each_tensor_with_one_of_its_own():
 
 def test_a_peft_too_old_for_this_transformers_is_one_line_with_both_versions(tmp_path, photo_dir, monkeypatch):
     """transformers 5.24.0 asked for a peft that was not released."""
-    monkeypatch.setattr("nearid_personalize.training.adapters.MIN_PEFT_VERSION", "999.0")
+    monkeypatch.setattr("nearid_personalize.training.lora.adapters.MIN_PEFT_VERSION", "999.0")
     with pytest.raises(InputError, match=r"transformers \S+: LoRA in text encoders needs peft 999.0 there, and \S+ is"):
         train_lora(LoraOptions("miniworld", photo_dir, tmp_path / "lora", steps=1))

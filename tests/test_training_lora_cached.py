@@ -11,8 +11,11 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.training import cached
-from nearid_personalize.training.cached import (
+from nearid_personalize.training.lora import pictures as cached
+from nearid_personalize.training.lora.families import StableDiffusion
+from nearid_personalize.training.lora.noising import Noised, flow_noising
+from nearid_personalize.training.lora.options import LoraOptions
+from nearid_personalize.training.lora.pictures import (
     Batch,
     Picture,
     Sample,
@@ -31,9 +34,6 @@ from nearid_personalize.training.cached import (
     shares,
     shuffled_indices,
 )
-from nearid_personalize.training.families import StableDiffusion
-from nearid_personalize.training.lora_options import LoraOptions
-from nearid_personalize.training.noising import Noised, flow_noising
 
 
 @pytest.fixture

@@ -10,13 +10,20 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from nearid_personalize.denoising import decode_latents
 from nearid_personalize.errors import InputError
-from nearid_personalize.training import lora
-from nearid_personalize.training.adapters import PromptedDenoiser, add_adapters
-from nearid_personalize.training.families import FAMILIES, Family, pack, unpack
-from nearid_personalize.training.lora import WEIGHTS_NAME, LoraOptions, Snapshot, load_lora, read_metadata, train_lora
-from nearid_personalize.training.noising import noising_of
+from nearid_personalize.guard.previews import decode_latents
+from nearid_personalize.training.lora import loop as lora
+from nearid_personalize.training.lora.adapters import PromptedDenoiser, add_adapters
+from nearid_personalize.training.lora.families import FAMILIES, Family, pack, unpack
+from nearid_personalize.training.lora.loop import (
+    WEIGHTS_NAME,
+    LoraOptions,
+    Snapshot,
+    load_lora,
+    read_metadata,
+    train_lora,
+)
+from nearid_personalize.training.lora.noising import noising_of
 
 NAMES = ("sd", "sd_v_prediction", "sdxl", "sd3", "flux", "qwen", "z_image")
 WITH_TEXT = ("sd", "sdxl", "sd3", "flux")

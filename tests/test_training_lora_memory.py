@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.training import lora
-from nearid_personalize.training.cached import batch_loss, make_batch, parts, read_references
-from nearid_personalize.training.lora import WEIGHTS_NAME, LoraOptions, LoraRun, train_lora
-from nearid_personalize.training.reward import enroll_reward
+from nearid_personalize.training.lora import loop as lora
+from nearid_personalize.training.lora.loop import WEIGHTS_NAME, LoraOptions, LoraRun, train_lora
+from nearid_personalize.training.lora.pictures import batch_loss, make_batch, parts, read_references
+from nearid_personalize.training.lora.reward import enroll_reward
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,8 +11,8 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.training.lora_options import LoraOptions
-from nearid_personalize.training.noising import flow_levels, flow_weights, noising_of, stratified_levels
+from nearid_personalize.training.lora.noising import flow_levels, flow_weights, noising_of, stratified_levels
+from nearid_personalize.training.lora.options import LoraOptions
 
 OPTIONS = LoraOptions(base_model="", references=Path(), output=Path())
 

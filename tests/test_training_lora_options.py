@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.training.adapters import make_optimizer, make_schedule
-from nearid_personalize.training.cached import NO_CAPTION, Sample, TrainingSet, make_batch
-from nearid_personalize.training.lora import WEIGHTS_NAME, train_lora
-from nearid_personalize.training.lora_options import BaseSource, LoraOptions, Publishing, flat
-from nearid_personalize.training.noising import flow_noising, noising_of
+from nearid_personalize.training.lora.adapters import make_optimizer, make_schedule
+from nearid_personalize.training.lora.loop import WEIGHTS_NAME, train_lora
+from nearid_personalize.training.lora.noising import flow_noising, noising_of
+from nearid_personalize.training.lora.options import BaseSource, LoraOptions, Publishing, flat
+from nearid_personalize.training.lora.pictures import NO_CAPTION, Sample, TrainingSet, make_batch
 
 OPTIONS = LoraOptions(base_model="", references=Path(), output=Path(), batch_size=4)
 

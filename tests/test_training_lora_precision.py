@@ -14,8 +14,15 @@ from conftest import checkered
 from safetensors.torch import load_file
 from test_training_lora_families import WITH_TEXT, family_of, folders  # noqa: F401 - a fixture
 
-from nearid_personalize.training.cached import read_references
-from nearid_personalize.training.lora import WEIGHTS_NAME, LoraOptions, LoraRun, Snapshot, choose_autocast, train_lora
+from nearid_personalize.training.lora.loop import (
+    WEIGHTS_NAME,
+    LoraOptions,
+    LoraRun,
+    Snapshot,
+    choose_autocast,
+    train_lora,
+)
+from nearid_personalize.training.lora.pictures import read_references
 
 FAMILIES = ("sd", "sdxl", "sd3", "flux", "qwen", "z_image")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -13,9 +13,9 @@ from safetensors.torch import load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.training.lora import WEIGHTS_NAME, train_lora
-from nearid_personalize.training.lora_options import LoraOptions, Publishing
-from nearid_personalize.training.publishing import LOGS, PROJECT, make_repository, push_lora
+from nearid_personalize.training.lora.loop import WEIGHTS_NAME, train_lora
+from nearid_personalize.training.lora.options import LoraOptions, Publishing
+from nearid_personalize.training.lora.publishing import LOGS, PROJECT, make_repository, push_lora
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_of_this_test"
@@ -54,7 +54,7 @@ def test_tensorboard_hears_every_step(tiny_pipeline_dir, photo_dir, tmp_path):
     ("name", "words"), [("tensorbored", "no tracker of that name"), ("wandb", "pip install wandb")]
 )
 def test_trackers_that_are_not_there_are_named(name, words, tiny_pipeline_dir, photo_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("nearid_personalize.training.publishing.get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr("nearid_personalize.training.lora.publishing.get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(InputError, match=f"--report-to {name}: .*{words}"):
         train_lora(options(tiny_pipeline_dir, photo_dir, tmp_path / "out", report_to=(name,)))
     assert not (tmp_path / "out").exists()

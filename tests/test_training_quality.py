@@ -14,7 +14,7 @@ from conftest import checkered
 from diffusers import StableDiffusionPipeline
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.floors import QualityFloor
+from nearid_personalize.floors.quality import QualityFloor
 from nearid_personalize.training.quality import (
     DAMAGES,
     QualityOptions,

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.samples import draw_samples
-from nearid_personalize.training import lora
-from nearid_personalize.training.cached import read_references
-from nearid_personalize.training.lora import WEIGHTS_NAME, LoraOptions, Snapshot, train_lora
-from nearid_personalize.training.lora_checkpoints import checkpoints
-from nearid_personalize.training.sharding import requested_sharding
+from nearid_personalize.lora.samples import draw_samples
+from nearid_personalize.training.lora import loop as lora
+from nearid_personalize.training.lora.checkpoints import checkpoints
+from nearid_personalize.training.lora.loop import WEIGHTS_NAME, LoraOptions, Snapshot, train_lora
+from nearid_personalize.training.lora.pictures import read_references
+from nearid_personalize.training.lora.sharding import requested_sharding
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "a photo of sks dog"

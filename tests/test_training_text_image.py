@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nearid_personalize.training.text_image import WELL_KNOWN, cached_text_image_model
+from nearid_personalize.training.lora.text_image import WELL_KNOWN, cached_text_image_model
 
 TRAINER = Path(__file__).parents[1] / "trainers" / "train_lora.py"
 FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", "model.safetensors")

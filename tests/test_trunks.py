@@ -12,9 +12,10 @@ from transformers import Siglip2VisionConfig as Siglip2
 from transformers import SiglipVisionConfig as Siglip
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
-from nearid_personalize.encoder import NearIDConfig, NearIDModel, load_encoder
-from nearid_personalize.preprocessing import Preprocessing
-from nearid_personalize.trunks import TRUNK_TYPES, default_preprocessing
+from nearid_personalize.encoder.checkpoints import load_encoder
+from nearid_personalize.encoder.model import NearIDConfig, NearIDModel
+from nearid_personalize.encoder.preprocessing import Preprocessing
+from nearid_personalize.encoder.trunks import TRUNK_TYPES, default_preprocessing
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8}
 CONFIGS = {

@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.images import list_images, load_image, safe_name
-from nearid_personalize.training.lora_files import check_lora_file, load_lora, read_metadata
+from nearid_personalize.files import safe_name
+from nearid_personalize.images import list_images, load_image
+from nearid_personalize.lora.files import check_lora_file, load_lora, read_metadata
 
 TARGET = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 DOWN, UP = f"{TARGET}.lora_A.weight", f"{TARGET}.lora_B.weight"
@@ -428,7 +429,7 @@ def test_numbers_that_are_none_are_refused(pipe, tmp_path):
 
 
 def test_the_quickstarts_own_kind_of_file_passes(tiny_pipeline_dir, photo_dir, pipe, tmp_path):
-    from nearid_personalize.training.lora import LoraOptions, train_lora
+    from nearid_personalize.training.lora.loop import LoraOptions, train_lora
 
     options = LoraOptions(
         base_model=str(tiny_pipeline_dir), references=photo_dir, output=tmp_path, rank=4, steps=1, resolution=32

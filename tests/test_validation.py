@@ -17,21 +17,22 @@ from safetensors.torch import load_file
 
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import load_images
+from nearid_personalize.lora.samples import draw_samples
 from nearid_personalize.miniworld import example_references
-from nearid_personalize.samples import draw_samples
-from nearid_personalize.training import lora, validation
-from nearid_personalize.training.cached import read_references
-from nearid_personalize.training.lora import WEIGHTS_NAME, LoraOptions, fingerprint, read_metadata, train_lora
-from nearid_personalize.training.lora_options import Publishing
-from nearid_personalize.training.publishing import LOGS, PROJECT
-from nearid_personalize.training.validation import (
+from nearid_personalize.training.lora import loop as lora
+from nearid_personalize.training.lora import validation
+from nearid_personalize.training.lora.loop import WEIGHTS_NAME, LoraOptions, fingerprint, read_metadata, train_lora
+from nearid_personalize.training.lora.options import Publishing
+from nearid_personalize.training.lora.pictures import read_references
+from nearid_personalize.training.lora.publishing import LOGS, PROJECT
+from nearid_personalize.training.lora.validation import (
     IdentityValidation,
     ValidationOptions,
     without_lora,
     without_word,
 )
-from nearid_personalize.training.validation_files import JOURNAL, shared_beginning
-from nearid_personalize.training.validation_records import Journal, Limits, best_of, out_of_patience, verdict
+from nearid_personalize.training.lora.validation_files import JOURNAL, shared_beginning
+from nearid_personalize.training.lora.validation_records import Journal, Limits, best_of, out_of_patience, verdict
 
 ROOT = Path(__file__).parent.parent
 

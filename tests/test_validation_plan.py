@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.training.validation_plan import (
+from nearid_personalize.training.lora.validation_plan import (
     Cost,
     Size,
     ValidationPlan,

@@ -5,7 +5,7 @@ from torch.utils.data import Dataset
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from nearid_personalize import NearIDModel
-from nearid_personalize.preprocessing import Preprocessing
+from nearid_personalize.encoder.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing(size=32)
 

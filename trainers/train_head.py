@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from nearid_personalize.attention import Attention, using_trunk_attention
-from nearid_personalize.checkpoints import trunk_fingerprint
 from nearid_personalize.commands.flags import parse_flags, quieten_libraries, run_program
 from nearid_personalize.data import (
     OFF,
@@ -44,11 +43,12 @@ from nearid_personalize.data.cache import (
 )
 from nearid_personalize.data.previews import Previews, load_previews
 from nearid_personalize.data.reconstruct import Reconstruction, load_reconstruction
-from nearid_personalize.encoder import NearIDModel, load_encoder
+from nearid_personalize.encoder.checkpoints import load_encoder, trunk_fingerprint
+from nearid_personalize.encoder.model import NearIDModel
+from nearid_personalize.encoder.preprocessing import Preprocessing
 from nearid_personalize.errors import InputError
-from nearid_personalize.images import check_writable
+from nearid_personalize.files import check_writable
 from nearid_personalize.miniworld import rows as miniworld_rows
-from nearid_personalize.preprocessing import Preprocessing
 from nearid_personalize.training.head import (
     FINISHED,
     PAPER,

@@ -13,11 +13,11 @@ import tyro
 from accelerate import PartialState
 
 from nearid_personalize.commands.flags import parse_flags, quieten_libraries, run_program
-from nearid_personalize.training.lora import WEIGHTS_NAME, LoraOptions, train_lora
-from nearid_personalize.training.lora_options import flat
-from nearid_personalize.training.publishing import make_repository, push_lora
-from nearid_personalize.training.text_image import WELL_KNOWN, cached_text_image_model
-from nearid_personalize.training.validation import IdentityValidation, ValidationOptions
+from nearid_personalize.training.lora.loop import WEIGHTS_NAME, LoraOptions, train_lora
+from nearid_personalize.training.lora.options import flat
+from nearid_personalize.training.lora.publishing import make_repository, push_lora
+from nearid_personalize.training.lora.text_image import WELL_KNOWN, cached_text_image_model
+from nearid_personalize.training.lora.validation import IdentityValidation, ValidationOptions
 
 RELEASED = "Aleksandar/nearid-siglip2"
 
@@ -68,7 +68,7 @@ def print_plan(arguments: Arguments) -> None:
 
 def print_needs(options: LoraOptions) -> None:
     """Show what memory and disk a run needs."""
-    from nearid_personalize.training.memory import dry_run
+    from nearid_personalize.training.lora.memory import dry_run
 
     for line in dry_run(options):
         print(line)

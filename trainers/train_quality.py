@@ -20,12 +20,13 @@ from PIL import Image
 
 from nearid_personalize.commands.flags import parse_flags, quieten_libraries, run_program
 from nearid_personalize.data import load_rows
-from nearid_personalize.encoder import NearIDModel, load_encoder
+from nearid_personalize.encoder.checkpoints import load_encoder
+from nearid_personalize.encoder.model import NearIDModel
+from nearid_personalize.encoder.preprocessing import Preprocessing
 from nearid_personalize.errors import InputError
-from nearid_personalize.floors import QualityRates, picture_tokens, save_quality
+from nearid_personalize.floors.quality import QualityRates, picture_tokens, save_quality
 from nearid_personalize.loading import choose_device, choose_dtype, load_pipeline
 from nearid_personalize.miniworld import Split, weights_dir
-from nearid_personalize.preprocessing import Preprocessing
 from nearid_personalize.training.quality import (
     Pictures,
     QualityOptions,

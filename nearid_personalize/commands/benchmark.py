@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nearid_personalize.checkpoints import head_trunk, holds_head_alone, trunk_fingerprint
-from nearid_personalize.commands.console import DONE, Stopwatch, aligned, say
-from nearid_personalize.commands.evaluate import deliver, packaged
+from nearid_personalize.commands.console import DONE, Stopwatch, aligned, deliver, say
 from nearid_personalize.commands.options import RELEASED_MODEL, RELEASED_TRUNK, Evaluate
 from nearid_personalize.data import Rows
 from nearid_personalize.data.benchmarks import RatedPictures, load_rated_pictures, nearid_rows, part_edit_rows
 from nearid_personalize.embedding import Embedded, Pool, Reader, embed_distinct
-from nearid_personalize.encoder import NearIDModel, load_encoder
+from nearid_personalize.encoder.checkpoints import head_trunk, holds_head_alone, load_encoder, trunk_fingerprint
+from nearid_personalize.encoder.model import NearIDModel
+from nearid_personalize.encoder.preprocessing import Preprocessing
+from nearid_personalize.encoder.trunks import has_class_token
 from nearid_personalize.errors import InputError
 from nearid_personalize.evaluation import INTERVALS, Interval, measure_agreement, measure_sources
 from nearid_personalize.images import load_image
 from nearid_personalize.loading import choose_device, choose_dtype
-from nearid_personalize.preprocessing import Preprocessing
+from nearid_personalize.names import packaged
 from nearid_personalize.report import evaluation_report
-from nearid_personalize.trunks import has_class_token
 
 ENCODER, FROZEN, MEAN_TOKEN = "encoder", "frozen trunk", "frozen trunk, mean token"
 PEOPLE = "people, group 1 and 2"

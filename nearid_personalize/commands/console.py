@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from nearid_personalize.commands.options import Evaluate
 from nearid_personalize.images import list_images
-from nearid_personalize.report import UNREADABLE, to_json
+from nearid_personalize.report import UNREADABLE, to_json, write_report
 
 DONE, WRONG_INPUT, NONE_ACCEPTED = 0, 2, 3
 
@@ -71,3 +72,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def deliver(options: Evaluate, report: dict, table: str) -> None:
+    """Write the report where that is asked for, and print it or the table."""
+    if options.out is not None:
+        write_report(report, options.out / "report.json")
+    if options.json:
+        sys.stdout.write(to_json(report))
+    else:
+        print(table)

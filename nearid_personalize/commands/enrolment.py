@@ -12,7 +12,8 @@ from nearid_personalize.commands.options import Accepting
 from nearid_personalize.errors import InputError
 
 if TYPE_CHECKING:
-    from nearid_personalize.scorer import IdentityScorer, Subject
+    from nearid_personalize.scorer.scorer import IdentityScorer
+    from nearid_personalize.scorer.subject import Subject
 
 
 def negative_paths(options: Accepting) -> list[Path] | None:
@@ -25,7 +26,7 @@ def enrolled(scorer: "IdentityScorer", references: Sequence[Image.Image], option
 
     Raises InputError that names the flags, when neither the negatives nor the encoder can state so small a rate.
     """
-    from nearid_personalize.calibration import CalibrationBank
+    from nearid_personalize.scorer.calibration import CalibrationBank
 
     rate, negatives = options.false_accept_rate, negative_paths(options)
     if rate is not None and negatives is None and not isinstance(scorer.calibration, CalibrationBank):

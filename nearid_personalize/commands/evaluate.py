@@ -1,6 +1,5 @@
 """`nearid evaluate`: how well an encoder tells identities from their near-identity distractors."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -8,12 +7,14 @@ from typing import TYPE_CHECKING
 from nearid_personalize.commands.console import DONE, Stopwatch, say
 from nearid_personalize.commands.options import Evaluate
 from nearid_personalize.errors import InputError
-from nearid_personalize.images import check_writable
+from nearid_personalize.files import check_writable
 from nearid_personalize.loading import choose_device
-from nearid_personalize.report import evaluation_report, to_json, write_report
+from nearid_personalize.report import evaluation_report
 
 if TYPE_CHECKING:
     from nearid_personalize.data import Rows
+from nearid_personalize.commands.console import deliver
+from nearid_personalize.names import packaged
 
 
 def run_evaluate(options: Evaluate) -> int:
@@ -24,7 +25,7 @@ def run_evaluate(options: Evaluate) -> int:
         from nearid_personalize.commands.benchmark import run_benchmark
 
         return run_benchmark(options)
-    from nearid_personalize.encoder import load_encoder
+    from nearid_personalize.encoder.checkpoints import load_encoder
     from nearid_personalize.evaluation import INTERVALS, evaluate_rows
 
     rows = evaluation_rows(options)
@@ -46,16 +47,6 @@ def run_evaluate(options: Evaluate) -> int:
     report = evaluation_report(rows.name, options.split, results, encoders, clock.seconds, intervals)
     deliver(options, report, f"{evaluation_table(results)}\n[low, high]: {intervals}")
     return DONE
-
-
-def deliver(options: Evaluate, report: dict, table: str) -> None:
-    """Write the report where that is asked for, and print it or the table."""
-    if options.out is not None:
-        write_report(report, options.out / "report.json")
-    if options.json:
-        sys.stdout.write(to_json(report))
-    else:
-        print(table)
 
 
 def evaluation_rows(options: Evaluate) -> "Rows":
@@ -87,12 +78,3 @@ def evaluation_table(results: Sequence[dict]) -> str:
             + " ".join(f"{cell:24}" for cell in cells).rstrip()
         )
     return "\n".join(lines)
-
-
-def packaged(name: str, kind: str) -> str:
-    """The folder of a packaged toy model for "miniworld", else the name itself."""
-    if name != "miniworld":
-        return name
-    from nearid_personalize.miniworld import weights_dir
-
-    return str(weights_dir(kind))

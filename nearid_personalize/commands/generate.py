@@ -13,16 +13,17 @@ from nearid_personalize.commands.console import Stopwatch, conclude, picture_pat
 from nearid_personalize.commands.enrolment import enrolled, negative_paths
 from nearid_personalize.commands.options import Generate, Quickstart
 from nearid_personalize.errors import InputError
-from nearid_personalize.images import check_writable, load_images, write_atomically
+from nearid_personalize.files import check_writable, write_atomically
+from nearid_personalize.images import load_images
 from nearid_personalize.loading import choose_device, choose_dtype, load_pipeline
 from nearid_personalize.report import write_generation
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from nearid_personalize.guard import GuardResult
-    from nearid_personalize.scorer import IdentityScorer
-    from nearid_personalize.selection import PreviewProfile
+    from nearid_personalize.guard.profile import PreviewProfile
+    from nearid_personalize.guard.result import GuardResult
+    from nearid_personalize.scorer.scorer import IdentityScorer
 
 
 def run_generate(options: Generate) -> int:
@@ -37,14 +38,14 @@ def run_generate(options: Generate) -> int:
     )
     clock = Stopwatch()
     with clock.stage("load"):
-        from nearid_personalize.scorer import IdentityScorer
+        from nearid_personalize.scorer.scorer import IdentityScorer
 
         device = choose_device(options.device)
         check_attention(options.attention, device)
         scorer = IdentityScorer.from_pretrained(options.model, device, trunk=options.trunk)
         pipe = load_pipeline(options.base_model, device, choose_dtype(options.dtype, device))
         if options.lora is not None:
-            from nearid_personalize.training.lora import load_lora
+            from nearid_personalize.training.lora.loop import load_lora
 
             load_lora(pipe, options.lora)
     with using_attention(denoiser_of(pipe), options.attention, device):
@@ -62,9 +63,12 @@ def guarded(
     options: Generate | Quickstart,
 ) -> "GuardResult":
     """The guard's candidates of `prompt`, as `options` have them raced and judged; updates the preview profile."""
-    from nearid_personalize.floors import COPY_LIMIT, chosen_floors
-    from nearid_personalize.guard import IdentityGuard, NothingAcceptedWarning, preview_profile
-    from nearid_personalize.selection import DEFAULT_POLICY
+    from nearid_personalize.floors.chosen import chosen_floors
+    from nearid_personalize.floors.copies import COPY_LIMIT
+    from nearid_personalize.guard.guard import IdentityGuard
+    from nearid_personalize.guard.policy import DEFAULT_POLICY
+    from nearid_personalize.guard.race import preview_profile
+    from nearid_personalize.guard.result import NothingAcceptedWarning
 
     subject = enrolled(scorer, references, options)
     say(options.json, subject.describe())
@@ -107,7 +111,7 @@ def read_profile(path: Path | None, toy_world: bool) -> "PreviewProfile | None":
 
     Raises InputError for a file that is no profile, or a folder that cannot be written to.
     """
-    from nearid_personalize.selection import PreviewProfile
+    from nearid_personalize.guard.profile import PreviewProfile
 
     if path is not None:
         check_writable(path.parent, "--preview-profile")

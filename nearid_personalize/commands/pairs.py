@@ -4,7 +4,7 @@ import sys
 
 from nearid_personalize.commands.console import DONE, say
 from nearid_personalize.commands.options import Pairs
-from nearid_personalize.images import check_writable
+from nearid_personalize.files import check_writable
 from nearid_personalize.report import to_json
 
 

@@ -12,11 +12,12 @@ from nearid_personalize.commands.enrolment import negative_paths
 from nearid_personalize.commands.generate import finish_generation, guarded
 from nearid_personalize.commands.options import QUICKSTART_LORA_STEPS, Quickstart
 from nearid_personalize.errors import InputError
-from nearid_personalize.images import check_writable, save_image
+from nearid_personalize.files import check_writable
+from nearid_personalize.images import save_image
 from nearid_personalize.loading import choose_device, load_pipeline
 
 if TYPE_CHECKING:
-    from nearid_personalize.training.lora import LoraOptions
+    from nearid_personalize.training.lora.loop import LoraOptions
 
 
 def run_quickstart(options: Quickstart) -> int:
@@ -36,11 +37,11 @@ def run_quickstart(options: Quickstart) -> int:
     clock = Stopwatch()
     device = choose_device("auto")
     with clock.stage("load"):
-        from nearid_personalize.scorer import IdentityScorer
+        from nearid_personalize.scorer.scorer import IdentityScorer
 
         scorer = IdentityScorer.from_pretrained("miniworld", device=device)
     with clock.stage("train_lora"):
-        from nearid_personalize.training.lora import load_lora, train_lora
+        from nearid_personalize.training.lora.loop import load_lora, train_lora
 
         lora = train_lora(
             quickstart_lora(reference_dir, options.out / "lora", category, options.lora_steps, options.seed)
@@ -57,7 +58,7 @@ def quickstart_lora(
     references: Path, output: Path, category: str, steps: int | None = None, seed: int = 0
 ) -> "LoraOptions":
     """The LoRA recipe of the quickstart: rates, batch and no prior pictures as one validation subject favoured."""
-    from nearid_personalize.training.lora import LoraOptions
+    from nearid_personalize.training.lora.loop import LoraOptions
 
     return LoraOptions(
         base_model="miniworld",

@@ -12,17 +12,20 @@ from nearid_personalize.commands.console import DONE, NONE_ACCEPTED, Stopwatch, 
 from nearid_personalize.commands.enrolment import enrolled, negative_paths
 from nearid_personalize.commands.options import ReportCard
 from nearid_personalize.errors import InputError
-from nearid_personalize.images import check_writable, load_images
+from nearid_personalize.files import check_writable
+from nearid_personalize.images import load_images
 from nearid_personalize.loading import choose_device, choose_dtype, load_pipeline
 from nearid_personalize.report import to_json
 
 if TYPE_CHECKING:
-    from nearid_personalize.report_card import Jury
+    from nearid_personalize.lora.card import Jury
 
 
 def run_report_card(options: ReportCard) -> int:
     """`nearid report-card`."""
-    from nearid_personalize.report_card import find_loras, report_card, write_card
+    from nearid_personalize.lora.card import report_card
+    from nearid_personalize.lora.card_page import write_card
+    from nearid_personalize.lora.files import find_loras
 
     loras = find_loras(options.lora)
     subject_name, token, prompts = _card_prompts(options, list(loras.values()))
@@ -61,9 +64,9 @@ def run_report_card(options: ReportCard) -> int:
 
 def _card_prompts(options: ReportCard, loras: Sequence[Path]) -> tuple[str, str, tuple[str, ...]]:
     """The subject's name, its rare token, and the prompts to draw; InputError when nothing says what it is called."""
-    from nearid_personalize.report_card import subject_of
-    from nearid_personalize.samples import default_prompts
-    from nearid_personalize.training.lora_check import check_lora_file
+    from nearid_personalize.lora.check import check_lora_file
+    from nearid_personalize.lora.files import subject_of
+    from nearid_personalize.lora.samples import default_prompts
 
     told = subject_of([check_lora_file(file) for file in loras])
     if options.subject:
@@ -75,9 +78,10 @@ def _card_prompts(options: ReportCard, loras: Sequence[Path]) -> tuple[str, str,
 
 
 def _card_jury(options: ReportCard, references: Sequence[Image.Image], token: str, device: str) -> "Jury":
-    from nearid_personalize.floors import TextImageEncoder, chosen_floors
-    from nearid_personalize.report_card import Jury
-    from nearid_personalize.scorer import IdentityScorer
+    from nearid_personalize.floors.adherence import TextImageEncoder
+    from nearid_personalize.floors.chosen import chosen_floors
+    from nearid_personalize.lora.card import Jury
+    from nearid_personalize.scorer.scorer import IdentityScorer
 
     scorer = IdentityScorer.from_pretrained(options.model, device, trunk=options.trunk)
     subject = enrolled(scorer, references, options)

@@ -11,13 +11,15 @@ from nearid_personalize.commands.console import Stopwatch, conclude, picture_pat
 from nearid_personalize.commands.enrolment import enrolled, negative_paths
 from nearid_personalize.commands.options import Score
 from nearid_personalize.errors import InputError
-from nearid_personalize.images import check_writable, load_image, load_images, save_image
+from nearid_personalize.files import check_writable
+from nearid_personalize.images import load_image, load_images, save_image
 from nearid_personalize.loading import choose_device
 from nearid_personalize.report import UNREADABLE, Tile, contact_sheet, score_report, write_report
-from nearid_personalize.selection import rank_candidates
+from nearid_personalize.scorer.ranking import rank_candidates
 
 if TYPE_CHECKING:
-    from nearid_personalize.scorer import IdentityScorer, Subject
+    from nearid_personalize.scorer.scorer import IdentityScorer
+    from nearid_personalize.scorer.subject import Subject
 
 SHEET_LIMIT = 48  # tiles of a score sheet: six rows
 BAR_FROM = 65  # pictures that take long enough for a progress bar
@@ -25,7 +27,7 @@ BAR_FROM = 65  # pictures that take long enough for a progress bar
 
 def run_score(options: Score) -> int:
     """`nearid score`. Files that cannot be read are listed last; when none can be, the input is wrong."""
-    from nearid_personalize.scorer import IdentityScorer
+    from nearid_personalize.scorer.scorer import IdentityScorer
 
     references = load_images(picture_paths(options.references))
     paths = picture_paths(options.images)

@@ -14,13 +14,14 @@ from PIL import Image
 from nearid_personalize.commands.console import DONE, NONE_ACCEPTED, Stopwatch, picture_paths, say
 from nearid_personalize.commands.options import Verify
 from nearid_personalize.errors import InputError
-from nearid_personalize.images import check_writable, list_images, load_image, load_images, save_image, write_atomically
+from nearid_personalize.files import check_writable, write_atomically
+from nearid_personalize.images import list_images, load_image, load_images, save_image
 from nearid_personalize.loading import choose_device
+from nearid_personalize.lora.card import data_uri, thumbnail
 from nearid_personalize.report import Tile, contact_sheet, heat_overlay, rounded, to_json, versions, write_report
-from nearid_personalize.report_card import data_uri, thumbnail
 
 if TYPE_CHECKING:
-    from nearid_personalize.scorer import Subject
+    from nearid_personalize.scorer.subject import Subject
     from nearid_personalize.verification import Verification
 
 SHEET_LIMIT = 48  # tiles of the contact sheet: six rows
@@ -54,7 +55,7 @@ def items_of(images: Path) -> list[Item]:
 
 def run_verify(options: Verify) -> int:
     """`nearid verify`."""
-    from nearid_personalize.scorer import IdentityScorer
+    from nearid_personalize.scorer.scorer import IdentityScorer
     from nearid_personalize.verification import verify
 
     reference_paths = picture_paths(options.references)

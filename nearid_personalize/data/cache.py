@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from nearid_personalize.encoder import NearIDModel
+from nearid_personalize.encoder.model import NearIDModel
+from nearid_personalize.encoder.preprocessing import Preprocessing
 from nearid_personalize.errors import InputError
-from nearid_personalize.images import write_atomically
-from nearid_personalize.preprocessing import Preprocessing
+from nearid_personalize.files import write_atomically
 
 from .items import IdentityDataset
 from .shards import ShardFile, Span, TokenRows, open_shard, write_shard

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from nearid_personalize.checkpoints import weights_fingerprint
 from nearid_personalize.data.reconstruct import Reconstruction
+from nearid_personalize.encoder.checkpoints import weights_fingerprint
 from nearid_personalize.errors import InputError
 
 if TYPE_CHECKING:

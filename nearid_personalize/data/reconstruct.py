@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearid_personalize.checkpoints import weights_fingerprint
+from nearid_personalize.encoder.checkpoints import weights_fingerprint
 from nearid_personalize.errors import InputError
 
 

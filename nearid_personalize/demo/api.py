@@ -24,9 +24,9 @@ from nearid_personalize.demo.studio import FALSE_ACCEPT_RATES, TOKEN, Exam, Less
 from nearid_personalize.demo.visitors import Visitor, Visitors
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import IMAGE_SUFFIXES, load_image, save_image
+from nearid_personalize.lora.card import verdict
 from nearid_personalize.miniworld import CATEGORIES, example_references
 from nearid_personalize.report import finite_or_none
-from nearid_personalize.report_card import verdict
 
 MAX_PLACES = 8
 """Prompts of one report card."""

@@ -28,8 +28,9 @@ from nearid_personalize.demo.studio import (
 )
 from nearid_personalize.demo.visitors import Visitor, Visitors
 from nearid_personalize.errors import InputError
-from nearid_personalize.guard import Candidate, Glimpse
-from nearid_personalize.images import load_image, safe_name
+from nearid_personalize.files import safe_name
+from nearid_personalize.guard.result import Candidate, Glimpse
+from nearid_personalize.images import load_image
 from nearid_personalize.miniworld import CATEGORIES, example_references
 from nearid_personalize.photos import PhotoCheck
 
@@ -326,8 +327,8 @@ class Desk:
 
     def examine(self, visit: Visit, base_model: str, word: str, steps: float, guidance: float) -> Iterator[Shown]:
         """Fill in the report card of the visitor's LoRA."""
-        from nearid_personalize.report_card import verdict
-        from nearid_personalize.training.lora_files import find_lora_file
+        from nearid_personalize.lora.card import verdict
+        from nearid_personalize.lora.files import find_lora_file
 
         visitor = need_photos(visit.visitor)
         if visit.lora_in_use is None:
@@ -467,7 +468,7 @@ def need_photos(visitor: Visitor) -> Visitor:
 
 def taken_lora(visitor: Visitor, file: Path) -> Path:
     """An uploaded LoRA, copied into the visitor's folder once its header was checked; InputError when it is none."""
-    from nearid_personalize.training.lora_check import check_lora_file
+    from nearid_personalize.lora.check import check_lora_file
 
     try:
         check_lora_file(file)

@@ -13,7 +13,8 @@ from nearid_personalize.demo.desk import SAMPLE_PETS, Desk, answering
 from nearid_personalize.demo.studio import Studio
 from nearid_personalize.demo.visitors import Visitors
 from nearid_personalize.errors import InputError
-from nearid_personalize.images import load_image, safe_name
+from nearid_personalize.files import safe_name
+from nearid_personalize.images import load_image
 from nearid_personalize.miniworld import CATEGORIES, example_references
 
 STYLE = Path(__file__).with_name("style.css")

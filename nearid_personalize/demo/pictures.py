@@ -12,7 +12,7 @@ from io import BytesIO
 from PIL import Image
 
 from nearid_personalize.demo import words
-from nearid_personalize.guard import Candidate, Glimpse
+from nearid_personalize.guard.result import Candidate, Glimpse
 from nearid_personalize.photos import PhotoCheck
 from nearid_personalize.report import fitted
 

@@ -68,7 +68,7 @@ def serve(options: Demo, public: bool = False, block: bool = True) -> Server:
     from nearid_personalize.demo.page import STYLE, build
     from nearid_personalize.demo.studio import Studio
     from nearid_personalize.demo.visitors import Visitors
-    from nearid_personalize.scorer import IdentityScorer
+    from nearid_personalize.scorer.scorer import IdentityScorer
 
     device = choose_device(options.device)
     check_attention(options.attention, device)

@@ -16,21 +16,24 @@ from nearid_personalize.commands.quickstart import quickstart_lora
 from nearid_personalize.demo.jobs import Device, Job
 from nearid_personalize.driftmap import drift_map
 from nearid_personalize.errors import InputError
-from nearid_personalize.floors import COPY_LIMIT, chosen_floors
-from nearid_personalize.guard import Glimpse, GuardResult, IdentityGuard
+from nearid_personalize.floors.chosen import chosen_floors
+from nearid_personalize.floors.copies import COPY_LIMIT
+from nearid_personalize.guard.guard import IdentityGuard
+from nearid_personalize.guard.policy import DEFAULT_POLICY
+from nearid_personalize.guard.result import Glimpse, GuardResult
 from nearid_personalize.images import load_image, save_image
 from nearid_personalize.loading import load_pipeline
 from nearid_personalize.photos import PhotoCheck, check_photos
 from nearid_personalize.report import heat_overlay, write_generation
-from nearid_personalize.scorer import IdentityScorer, Subject
-from nearid_personalize.selection import DEFAULT_POLICY
+from nearid_personalize.scorer.scorer import IdentityScorer
+from nearid_personalize.scorer.subject import Subject
 from nearid_personalize.verification import Verification, verify
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from nearid_personalize.report_card import ReportCard
-    from nearid_personalize.training.lora import LoraOptions, Snapshot
+    from nearid_personalize.lora.card import ReportCard
+    from nearid_personalize.training.lora.loop import LoraOptions, Snapshot
 
 TOKEN = "sks"
 """The rare word that the page's LoRAs teach."""
@@ -227,7 +230,8 @@ class Studio:
         return Job(lambda tell: self._examine(exam, tell), self.line)
 
     def _examine(self, exam: Exam, tell: Callable[[Marks], None]) -> Marks:
-        from nearid_personalize.report_card import Jury, report_card, write_card
+        from nearid_personalize.lora.card import Jury, report_card
+        from nearid_personalize.lora.card_page import write_card
 
         photos = [load_image(path) for path in exam.photos]
         tell(Marks(0.0))
@@ -265,7 +269,7 @@ class Studio:
         return Marks(1.0, card)
 
     def _train(self, lesson: Lesson, tell: Callable[[Progress], None]) -> Progress:
-        from nearid_personalize.training.lora import train_lora
+        from nearid_personalize.training.lora.loop import train_lora
 
         self._known(lesson.base_model)
         options = replace(lora_options(lesson, self.lora_steps), attention=self.attention)
@@ -335,7 +339,7 @@ class Studio:
 
     def _loaded(self, base_model: str, lora: Path | None) -> "DiffusionPipeline":
         """The base model's pipeline with this LoRA and no other; a LoRA that fails takes the pipeline with it."""
-        from nearid_personalize.training.lora import load_lora
+        from nearid_personalize.training.lora.loop import load_lora
 
         self._known(base_model)
         kept, self._pipeline = self._pipeline, None
@@ -357,7 +361,7 @@ class Studio:
 
 def lora_options(lesson: Lesson, usual_steps: int | None = None) -> "LoraOptions":
     """The recipe for a lesson: the quickstart's for the mini-world, else the trainer's defaults."""
-    from nearid_personalize.training.lora import LoraOptions
+    from nearid_personalize.training.lora.loop import LoraOptions
 
     steps = lesson.steps or usual_steps
     if lesson.base_model == "miniworld":

@@ -6,7 +6,7 @@ from html import escape
 from math import isnan
 
 from nearid_personalize.demo.studio import Comparison, Outcome, Progress
-from nearid_personalize.guard import Candidate, Cost, Glimpse
+from nearid_personalize.guard.result import Candidate, Cost, Glimpse
 from nearid_personalize.photos import PhotoCheck
 from nearid_personalize.verification import Verification
 

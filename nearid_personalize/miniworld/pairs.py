@@ -19,7 +19,7 @@ from .subjects import Pet, Split, pick, sample_pet, similar_pet
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
 
-    from ..scorer import IdentityScorer
+    from nearid_personalize.scorer.scorer import IdentityScorer
 
 NEW_CONTEXTS = 2
 """How many of the contexts are kept for the pictures: a subject is seldom drawn where its photos were taken."""

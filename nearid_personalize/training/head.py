@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from nearid_personalize.checkpoints import save_head
 from nearid_personalize.data.cache import ReadAhead, TokenCache, TokenSource
-from nearid_personalize.encoder import NearIDModel
+from nearid_personalize.encoder.checkpoints import save_head
+from nearid_personalize.encoder.model import NearIDModel
+from nearid_personalize.encoder.pooling import attention_pool
+from nearid_personalize.encoder.preprocessing import Preprocessing
 from nearid_personalize.errors import InputError
 from nearid_personalize.evaluation import Retrieval, evaluate_tokens, into_slots, with_interval
-from nearid_personalize.images import check_writable, write_atomically
+from nearid_personalize.files import check_writable, write_atomically
 from nearid_personalize.losses import gather_rows, info_nce_loss, two_tier_loss
-from nearid_personalize.pooling import attention_pool
-from nearid_personalize.preprocessing import Preprocessing
 
 FINISHED = "training.json"
 """Written last: where it is, a run has been exported."""

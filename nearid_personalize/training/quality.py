@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nearid_personalize.data.reconstruct import Reconstruction
 from nearid_personalize.errors import InputError
-from nearid_personalize.floors import QualityProbe, QualityRates
+from nearid_personalize.floors.quality import QualityProbe, QualityRates
 from nearid_personalize.images import to_square
 from nearid_personalize.miniworld.dataset import picture, picture_facts
 from nearid_personalize.miniworld.subjects import Split, caption

@@ -15,9 +15,10 @@ import tyro
 from diffusers import AutoencoderTiny
 from tqdm import tqdm
 
-from nearid_personalize.calibration import Aggregation, CalibrationBank
 from nearid_personalize.miniworld.pairs import embed_pairs, known_pairs
-from nearid_personalize.scorer import MEASURED_FILE, IdentityScorer, save_calibration
+from nearid_personalize.scorer.calibration import Aggregation, CalibrationBank
+from nearid_personalize.scorer.scorer import IdentityScorer
+from nearid_personalize.scorer.subject import MEASURED_FILE, save_calibration
 
 
 @dataclass(frozen=True)

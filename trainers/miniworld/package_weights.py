@@ -13,7 +13,7 @@ import tyro
 from diffusers import StableDiffusionPipeline
 
 import nearid_personalize.miniworld
-from nearid_personalize.images import write_atomically
+from nearid_personalize.files import write_atomically
 
 WEIGHTS = Path(nearid_personalize.miniworld.__file__).parent / "weights"
 

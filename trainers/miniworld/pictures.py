@@ -14,7 +14,7 @@ from diffusers import AutoencoderTiny
 from tqdm import tqdm
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.images import write_atomically
+from nearid_personalize.files import write_atomically
 from nearid_personalize.miniworld.dataset import picture
 from nearid_personalize.miniworld.scene import IMAGE_SIZE
 from nearid_personalize.miniworld.subjects import CATEGORIES, VALUES

@@ -1,0 +1,98 @@
+"""How a checkpoint wants its pictures: read from, and written as, transformers' `preprocessor_config.json`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from nearid_personalize.errors import InputError
+from nearid_personalize.files import write_atomically
+from nearid_personalize.images import Resample, preprocess
+
+FILE = "preprocessor_config.json"
+
+
+_PILLOW_FILTERS: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Pictures are squashed to size x size pixels, then (x - mean) / std per channel, for pixels in [0, 1].
+
+    Every family's pictures are squashed, those of CLIP and DINOv2 too: their own processors cut off what lies outside
+    the central square, and with it a subject that stands at the side. A square picture gives what they give, up to
+    the one eighth margin that DINOv2's cuts off even there. NaFlex trunks get a square grid for the same simplicity.
+    """
+
+    size: int
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    resample: Resample = "bicubic"
+
+    def __call__(
+        self, images: Sequence[Image.Image] | torch.Tensor, device: torch.device | str | None = None
+    ) -> torch.Tensor:
+        """Pictures -> float32 [N,3,size,size], see `images.preprocess`."""
+        return preprocess(images, self.size, self.mean, self.std, device, self.resample)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, default: "Preprocessing") -> "Preprocessing":
+        """Read `preprocessor_config.json`; without the file, or for what it leaves out, `default`.
+
+        Raises InputError when the file is no JSON object, its pictures are not square, or its filter is unknown.
+        """
+        path = Path(folder) / FILE
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            raise InputError(f"{path}: no JSON ({error}); get the file again, or remove it") from None
+        if not isinstance(fields, dict):
+            raise InputError(f"{path}: {type(fields).__name__}, where an object is needed; get the file again")
+        resample = fields.get("resample")
+        if resample is not None and resample not in _PILLOW_FILTERS:
+            raise InputError(f"{path}: resample {resample}; 2 (bilinear) and 3 (bicubic) work")
+        return cls(
+            size=_side(fields, default.size, path),
+            mean=tuple(fields.get("image_mean") or default.mean),
+            std=tuple(fields.get("image_std") or default.std),
+            resample=default.resample if resample is None else _PILLOW_FILTERS[resample],
+        )
+
+    def to_json(self) -> str:
+        """The content of a `preprocessor_config.json` that transformers' image processors read too."""
+        fields = {
+            "image_processor_type": "SiglipImageProcessor",
+            "do_resize": True,
+            "size": {"height": self.size, "width": self.size},
+            "resample": next(number for number, name in _PILLOW_FILTERS.items() if name == self.resample),
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "do_convert_rgb": True,
+        }
+        return json.dumps(fields, indent=2) + "\n"
+
+    def save(self, folder: str | Path) -> None:
+        """Write `preprocessor_config.json`, whole or not at all."""
+        write_atomically(Path(folder) / FILE, self.to_json())
+
+
+def _side(fields: dict[str, Any], default: int, path: Path) -> int:
+    """Pixels of the square that the model sees: the crop where the processor crops, else the size it resizes to."""
+    if "max_num_patches" in fields:  # NaFlex: as many patches as fit, here in a square
+        return fields.get("patch_size", 16) * isqrt(fields["max_num_patches"])
+    crop = fields.get("crop_size") if fields.get("do_center_crop", True) else None
+    size = crop or fields.get("size") or default
+    if not isinstance(size, dict):
+        return int(size)
+    sides = {size[name] for name in ("height", "width", "shortest_edge") if name in size}
+    if len(sides) != 1:
+        raise InputError(f"{path}: size {size}; one side for both height and width works")
+    return sides.pop()

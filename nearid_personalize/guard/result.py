@@ -1,0 +1,142 @@
+"""What a guarded call returns: candidates, their status and reason, and the cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+Status = Literal["accepted", "rejected", "stopped", "duplicate"]
+
+
+BLACKENED = "blackened by the safety checker"
+
+
+class NothingAcceptedWarning(UserWarning):
+    """No candidate was accepted, so that the result holds no images."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One generated image and what became of it.
+
+    score: cosine in [-1, 1]: of the image, or of the last preview when it was stopped. NaN: nothing was scored, as when
+    a safety checker replaced the image by a black one.
+    stopped_at_step: finished denoising steps, for status "stopped" alone, which has no `image`. previews: score of the
+    predicted clean picture by step fraction in (0, 1). last_preview: what a stopped candidate looked like.
+    """
+
+    seed: int
+    score: float
+    status: Status
+    stopped_at_step: int | None
+    image: Image.Image | None
+    reason: str
+    previews: Mapping[float, float] = field(default_factory=dict)
+    last_preview: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Compute spent: rows (samples) that went through the denoiser, with CFG two per candidate and step.
+
+    `denoiser_rows_best_of_n` is what running every candidate to the end takes; `seconds` is wall time by stage.
+    """
+
+    denoiser_rows: int
+    denoiser_rows_best_of_n: int
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class GuardResult:
+    """What came of a call: `images` are accepted, best first, at most `num_images`; `candidates` are in seed order."""
+
+    images: Any
+    candidates: tuple[Candidate, ...]
+    cost: Cost
+    threshold: float
+    prompt: str
+    seed: int
+
+    @property
+    def ranked(self) -> tuple[Candidate, ...]:
+        """Every candidate, best first: accepted, duplicates, rejected (a failed floor last), stopped."""
+        return tuple(sorted(self.candidates, key=lambda c: _rank(c, self.threshold)))
+
+    @property
+    def accepted(self) -> tuple[Candidate, ...]:
+        """Accepted candidates, best first, also those beyond `num_images`."""
+        return tuple(candidate for candidate in self.ranked if candidate.status == "accepted")
+
+    @property
+    def rejected(self) -> tuple[Candidate, ...]:
+        """Rejected candidates, best first; `reason` says why."""
+        return tuple(candidate for candidate in self.ranked if candidate.status == "rejected")
+
+    @property
+    def best(self) -> Candidate:
+        """The best candidate, accepted or not."""
+        return self.ranked[0]
+
+
+@dataclass(frozen=True)
+class Glimpse:
+    """A race while it runs, as `watch` sees it.
+
+    step, num_steps: finished denoising steps of the batch under way, of how many. looks: by seed, how those still in it
+    looked and scored at their last preview; None, NaN before there was one. candidates: those finished or stopped.
+    """
+
+    step: int
+    num_steps: int
+    looks: Mapping[int, tuple[Image.Image | None, float]]
+    candidates: tuple[Candidate, ...]
+
+
+Watch = Callable[[Glimpse], None]
+"""Told after every denoising step; what it raises breaks the call off and leaves the pipeline as it was found."""
+
+
+class GuardResults(tuple[GuardResult, ...]):
+    """One result per prompt of a list; `images` puts theirs one after another, as a pipeline does."""
+
+    @property
+    def images(self) -> Any:
+        """The accepted images of all prompts, flat: those of the first prompt, then those of the second, and so on.
+
+        A prompt may have fewer than `num_images`. Which images belong to which prompt is told by each result.
+        """
+        flat = [image for result in self for image in result.images]
+        return _joined(flat) if flat else self[0].images
+
+
+_ORDER: dict[Status, int] = {"accepted": 0, "duplicate": 1, "rejected": 2, "stopped": 3}
+
+
+def _rank(candidate: Candidate, threshold: float) -> tuple[int, bool, bool, float]:
+    """Sorting key, best first: by status, then, of rejected ones, those that failed a floor last, then by score.
+
+    Candidates without a score come last of their status.
+    """
+    unscored = math.isnan(candidate.score)
+    failed_floor = candidate.status == "rejected" and candidate.score >= threshold
+    return _ORDER[candidate.status], unscored, failed_floor, 0.0 if unscored else -candidate.score
+
+
+def _joined(images: Sequence[Any]) -> Any:
+    """Images of one output type as a pipeline returns them: arrays and tensors stacked, pictures in a list."""
+    if images and isinstance(images[0], np.ndarray):
+        return np.stack(images)
+    if images and isinstance(images[0], Tensor):
+        return torch.stack(list(images))
+    return list(images)

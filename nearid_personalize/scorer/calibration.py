@@ -1,0 +1,265 @@
+"""Scores against several references, and accept thresholds with a stated false-accept rate.
+
+Scores are identity similarities: cosines in [-1, 1], larger = more alike. A picture is accepted when
+score >= threshold. Genuine scores are those of pictures of the subject itself, impostor scores those of other subjects.
+Shape letters: N pictures, R references, D width, B subjects of a bank, G genuine and K impostor pictures of each.
+
+The guarantee is that of split conformal prediction: among exchangeable scores every rank is as likely, so a threshold
+that leaves at least (1 - rate)(n + 1) of n known impostors below accepts a further one with probability <= rate,
+whatever the scores' distribution. It is a probability over the known impostors and the new one: a single threshold errs
+more or less often than stated, on average no more.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from nearid_personalize.errors import InputError
+
+Aggregation = Literal["mean", "max", "centroid"]
+
+
+Source = Literal["negatives", "bank", "measured", "uncalibrated"]
+
+
+DEFAULT_FALSE_ACCEPT_RATE = 0.01
+"""What is asked for when nobody asks: share in [0, 1] of near-identities accepted."""
+
+
+ROUNDING = 1e-9
+"""Added before rounding down a product with a rate, so that 0.29 * 100 = 28.999... counts 29."""
+
+
+def aggregate(cosines: Tensor, likeness: Tensor, aggregation: Aggregation = "mean") -> Tensor:
+    """Cosines of pictures with references [...,N,R], of references with each other [...,R,R] -> scores [...,N].
+
+    mean: the mean cosine over references; max: the cosine with the nearest; centroid: the cosine with the references'
+    mean, whose length is the root of their mean likeness.
+    """
+    if aggregation == "max":
+        scores = cosines.amax(dim=-1)
+    elif aggregation == "centroid":
+        length = likeness.mean(dim=(-2, -1)).clamp_min(1e-12).sqrt()
+        scores = cosines.mean(dim=-1) / length[..., None]
+    else:
+        scores = cosines.mean(dim=-1)
+    return scores.clamp(-1, 1)  # rounding can carry a cosine of equal vectors past 1
+
+
+def leave_one_out_scores(references: Tensor, aggregation: Aggregation = "mean") -> Tensor:
+    """Unit rows [R,D] -> [R]: each reference's score against the others; NaN for a lone one."""
+    likeness = references @ references.T
+    if len(likeness) == 1:
+        return torch.full((1,), math.nan)
+    others = ~torch.eye(len(likeness), dtype=torch.bool)
+    own = [aggregate(row[kept][None], likeness[kept][:, kept], aggregation) for row, kept in zip(likeness, others)]
+    return torch.cat(own)
+
+
+def smallest_rate(num_subjects: int) -> float:
+    """The smallest false-accept rate in (0, 1] that n exchangeable impostors, or bank subjects, can state."""
+    return 1 / (num_subjects + 1)
+
+
+def conformal_threshold(impostor: Tensor, false_accept_rate: float) -> float:
+    """Impostor scores [B,K], K of each of B exchangeable subjects -> the smallest threshold that keeps the rate.
+
+    Accepts a picture of a further subject's impostor with probability <= false_accept_rate. With K = 1: just above the
+    ceil((1 - rate)(B + 1))-th smallest score (split conformal). With more, the scores of one subject depend on each
+    other: each then weighs 1 / K, and the further subject counts as K scores above all others (hierarchical conformal
+    prediction, Lee, Barber and Willett, arXiv 2306.06342), hence the ceil((1 - rate)(B + 1) K)-th smallest of B K.
+
+    Raises InputError for a rate outside (0, 1) or below 1 / (B + 1); ValueError for scores that are not [B,K] or NaN.
+    """
+    if impostor.ndim != 2 or impostor.numel() == 0 or impostor.isnan().any():
+        raise ValueError(f"impostor scores must be [B,K], at least one and none NaN, got {list(impostor.shape)}")
+    if not 0 < false_accept_rate < 1:
+        raise InputError(f"false_accept_rate {false_accept_rate}: give a share between 0 and 1, such as 0.01")
+    count, each = impostor.shape
+    above = math.floor(false_accept_rate * (count + 1) * each + ROUNDING) - each  # known impostors that may be accepted
+    if above < 0:
+        needed, stated = math.ceil(1 / false_accept_rate - 1 - ROUNDING), math.ceil(1e4 * smallest_rate(count)) / 1e4
+        raise InputError(
+            f"false_accept_rate {false_accept_rate:g}: takes {needed} negatives (or subjects in the calibration bank), "
+            f"here are {count}; give more, or ask for {stated:g} or a larger rate"
+        )
+    refused = impostor.float().flatten().sort(descending=True).values[above]
+    return float(torch.nextafter(refused, torch.tensor(math.inf)))  # the next float32, as scores are float32
+
+
+@dataclass(frozen=True)
+class ThresholdOrigin:
+    """How an accept threshold came about, and what to expect of it.
+
+    source: "negatives" given at enrolment, the "bank" shipped with the encoder, "measured" (a calibration of one
+    threshold whose error rates were counted once), or "uncalibrated" (a rule of thumb).
+    false_accept_rate: share in [0, 1] of impostors that it accepts at most, None when unknown. guaranteed: whether that
+    holds (on average, see the module) for impostors like those it was set on. num_negatives: how many independent ones
+    those were: pictures given, or bank subjects.
+    false_reject_rate: share in [0, 1] of genuine pictures it is expected to reject: what it rejects of `num_genuine`
+    known ones (the bank's, else the references, each against the others); None when none is known.
+    """
+
+    source: Source = "uncalibrated"
+    false_accept_rate: float | None = None
+    guaranteed: bool = False
+    num_negatives: int = 0
+    false_reject_rate: float | None = None
+    num_genuine: int = 0
+
+    def __str__(self) -> str:
+        if self.false_accept_rate is None:
+            return "not calibrated, error rates unknown"
+        whose = {
+            "negatives": f"pictures like the {self.num_negatives} negatives given",
+            "bank": f"near-identities (by {self.num_negatives} subjects of the calibration bank)",
+        }.get(self.source, f"impostors (by {self.num_negatives} measured)")
+        line = f"accepts {'at most' if self.guaranteed else 'about'} {self.false_accept_rate:.2%} of {whose}"
+        if self.false_reject_rate is None:
+            return line
+        return f"{line}, expected to reject {self.false_reject_rate:.2%} of the subject's own (n = {self.num_genuine})"
+
+
+@dataclass(frozen=True, eq=False)
+class KnownScores:
+    """Scores against a subject's references, or the like of them, from which its thresholds are set.
+
+    impostor [B,K]: rows exchangeable with one another and with the impostors to come. genuine: any shape, may be empty.
+    source, guaranteed: see `ThresholdOrigin`.
+    """
+
+    source: Source
+    impostor: Tensor
+    genuine: Tensor
+    guaranteed: bool = True
+
+    def threshold_at(self, false_accept_rate: float) -> tuple[float, ThresholdOrigin]:
+        """The threshold for a rate in (0, 1), and how it came about. Raises InputError, see `conformal_threshold`."""
+        threshold = conformal_threshold(self.impostor, false_accept_rate)
+        known = self.genuine.numel()
+        return threshold, ThresholdOrigin(
+            source=self.source,
+            false_accept_rate=false_accept_rate,
+            guaranteed=self.guaranteed,
+            num_negatives=len(self.impostor),
+            false_reject_rate=float((self.genuine < threshold).double().mean()) if known else None,
+            num_genuine=known,
+        )
+
+    def threshold_near(self, false_accept_rate: float) -> tuple[float, ThresholdOrigin]:
+        """`threshold_at` the rate, or at the smallest that so few impostors can state."""
+        return self.threshold_at(max(false_accept_rate, smallest_rate(len(self.impostor))))
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationBank:
+    """Known pairs of many subjects, from which a new subject's threshold is set: shipped with an encoder.
+
+    It holds cosines, not scores, so that it serves every aggregation and every number of references up to its own: how
+    high impostors score depends on both. Its guarantee is for subjects, photos and pictures like the bank's.
+
+    likeness [B,R,R]: cosines among each subject's references; genuine [B,G,R], impostor [B,K,R]: of pictures of the
+    subject, and of its near-identities, with its references. false_accept_rate, aggregation: used when none is asked.
+    """
+
+    likeness: Tensor
+    genuine: Tensor
+    impostor: Tensor
+    false_accept_rate: float = DEFAULT_FALSE_ACCEPT_RATE
+    aggregation: Aggregation = "mean"
+
+    def __post_init__(self) -> None:
+        shapes = [tensor.shape for tensor in self.tensors().values()]
+        count, references = shapes[0][0], shapes[0][-1]
+        fit = all(len(s) == 3 and (s[0], s[2]) == (count, references) and s.numel() for s in shapes)
+        if not fit or shapes[0][1] != references:
+            raise ValueError(f"bank: need [B,R,R], [B,G,R] and [B,K,R], none empty, got {[list(s) for s in shapes]}")
+        if not all(tensor.isfinite().all() for tensor in self.tensors().values()):
+            raise ValueError("bank: cosines must be finite")
+        if self.aggregation not in get_args(Aggregation):
+            raise ValueError(f"bank: aggregation {self.aggregation!r}; one of {', '.join(get_args(Aggregation))} works")
+        if not smallest_rate(count) <= self.false_accept_rate < 1:
+            raise ValueError(f"bank: {count} subjects cannot state a false-accept rate of {self.false_accept_rate}")
+
+    @classmethod
+    def from_embeddings(
+        cls,
+        references: Tensor,
+        genuine: Tensor,
+        impostor: Tensor,
+        false_accept_rate: float = DEFAULT_FALSE_ACCEPT_RATE,
+        aggregation: Aggregation = "mean",
+    ) -> "CalibrationBank":
+        """Unit embeddings, the same numbers for each subject: references [B,R,D], genuine [B,G,D], impostor [B,K,D]."""
+        transposed = references.mT
+        return cls(references @ transposed, genuine @ transposed, impostor @ transposed, false_accept_rate, aggregation)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by name."""
+        return {"likeness": self.likeness, "genuine": self.genuine, "impostor": self.impostor}
+
+    @property
+    def num_references(self) -> int:
+        """R: the largest number of references that the guarantee holds for."""
+        return self.likeness.shape[-1]
+
+    def scores(self, num_references: int, aggregation: Aggregation) -> tuple[Tensor, Tensor]:
+        """Genuine [B,G] and impostor [B,K] scores against the first `num_references` references of each subject."""
+        likeness = self.likeness[:, :num_references, :num_references]
+        genuine, impostor = (
+            aggregate(cosines[..., :num_references], likeness, aggregation) for cosines in (self.genuine, self.impostor)
+        )
+        return genuine, impostor
+
+    def known_scores(self, num_references: int, aggregation: Aggregation) -> KnownScores:
+        """What a new subject's threshold is set from. Beyond the bank's own number of references nothing is guaranteed:
+        the centroid of more photos is closer to any picture, an impostor's included."""
+        genuine, impostor = self.scores(num_references, aggregation)
+        return KnownScores("bank", impostor, genuine, guaranteed=num_references <= self.num_references)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A single threshold and how often it erred on the pairs it was measured on: what came before `CalibrationBank`.
+
+    threshold: the smallest accepted score. false_accept_rate: share in [0, 1] of impostor pairs (another subject)
+    that it accepts; false_reject_rate: share of genuine pairs (the same subject) that it rejects. num_genuine,
+    num_impostor: how many pairs. aggregation: how the scores were formed from several references.
+    """
+
+    threshold: float
+    false_accept_rate: float
+    false_reject_rate: float
+    num_genuine: int
+    num_impostor: int
+    aggregation: Aggregation = "mean"
+
+    def to_dict(self) -> dict[str, float | int | str]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
+        """The inverse of `to_dict`. Raises ValueError naming what is missing, unknown, or of the wrong type."""
+        kinds = {field.name: field.type for field in fields(cls)}
+        missing, unknown = sorted(kinds.keys() - values.keys()), sorted(values.keys() - kinds.keys())
+        if missing or unknown:
+            raise ValueError(f"calibration: missing {missing}, unknown {unknown}")
+        if values["aggregation"] not in get_args(Aggregation):
+            raise ValueError(f"aggregation {values['aggregation']!r}; one of {', '.join(get_args(Aggregation))} works")
+        for name in kinds.keys() - {"aggregation"}:
+            accepted = (int, float) if kinds[name] is float else int
+            if not isinstance(values[name], accepted) or isinstance(values[name], bool):
+                raise ValueError(f"calibration: {name} is {values[name]!r}, not {getattr(kinds[name], '__name__', '')}")
+        return cls(**values)
+
+    @property
+    def origin(self) -> ThresholdOrigin:
+        """How its threshold came about."""
+        return ThresholdOrigin(
+            "measured", self.false_accept_rate, False, self.num_impostor, self.false_reject_rate, self.num_genuine
+        )

@@ -1,0 +1,197 @@
+"""Identity as reward while a LoRA trains: DRaFT-K (Clark et al. 2024, arXiv:2309.17400) beside the denoising loss.
+
+After a warm-up, pictures are drawn in a few steps, their last ones with gradients, decoded, and scored by a frozen
+NearID head; minus the score is added to the loss. Three guards keep it from pleasing the head alone: the denoising loss
+stays on; the head that validates must be another one; and once prompt adherence or diversity has lost too much, the
+reward ends and the training goes on without it.
+
+Letters: B pictures, C h w latent channels and size.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nearid_personalize.errors import InputError
+from nearid_personalize.rewards import identity_reward, require_other_head
+from nearid_personalize.scorer.scorer import IdentityScorer
+from nearid_personalize.scorer.subject import Subject
+from nearid_personalize.training.lora.families import Family
+from nearid_personalize.training.lora.noising import Noised, sample, trajectory_of
+from nearid_personalize.training.lora.options import LoraOptions
+from nearid_personalize.training.lora.pictures import Batch, Picture, TrainingSet, parts, shuffled_indices
+
+TESTED_FAMILIES = frozenset({"StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "QwenImage", "ZImage"})
+"""Families whose sampling and decoding the tests hold to be differentiable and the pipeline's own."""
+
+
+Enrolled = tuple[IdentityScorer, Subject]
+
+
+def enroll_reward(
+    options: LoraOptions, references: Sequence[Picture], device: torch.device, validate: Any = None
+) -> Enrolled | None:
+    """Load the head that rewards and enroll the references with it; None without a reward.
+
+    validate: what validates the run. Raises InputError when its `scorer` has the same head, or when it would look at
+    the run for the first time after the reward began, with nothing to compare with.
+    """
+    if not options.reward_weight:
+        return None
+    scorer = load_reward_model(options.reward_model, device)
+    other = getattr(validate, "scorer", None)
+    if isinstance(other, IdentityScorer):
+        require_other_head(scorer, other)
+    if validate is not None and options.validate_every >= options.first_reward_step:
+        raise InputError(
+            f"--validate-every {options.validate_every}: the reward begins at step {options.first_reward_step} and is "
+            "measured against what came before; validate sooner or give a larger --reward-warmup"
+        )
+    return scorer, scorer.enroll([picture.image for picture in references])
+
+
+def load_reward_model(name: str, device: torch.device | str = "cpu") -> IdentityScorer:
+    """The scorer that rewards; "miniworld" is the toy world's second head, which no validation there uses."""
+    if name != "miniworld":
+        return IdentityScorer.from_pretrained(name, device)
+    from nearid_personalize.miniworld import weights_dir  # the toy world's code is not needed otherwise
+
+    return IdentityScorer.from_pretrained(weights_dir("nearid-reward"), device, trunk=weights_dir("siglip"))
+
+
+class IdentityTerm:
+    """The reward's part of the loss, and when it counts."""
+
+    def __init__(
+        self, options: LoraOptions, family: Family, data: TrainingSet, scorer: IdentityScorer, subject: Subject
+    ) -> None:
+        if type(family).__name__ not in TESTED_FAMILIES:
+            raise InputError(f"--reward-weight: {type(family.pipe).__name__} is not tested with a reward; give 0")
+        self.options, self.family, self.data = options, family, data
+        self.scorer, self.subject = scorer, subject
+        self.path = trajectory_of(family.pipe.scheduler, options.reward_sampling_steps)
+        own = {data.samples[index].prompt: None for index in range(data.num_references)}
+        self.prompts = [data.prompts.index(prompt) for prompt in options.reward_prompts] or list(own)
+        self.guard = RewardGuard(options.reward_max_drop, options.first_reward_step)
+        vae = family.pipe.vae.to(scorer.model.device).requires_grad_(False)
+        if vae._supports_gradient_checkpointing:  # block by block, inside what `decode` recomputes
+            vae.enable_gradient_checkpointing()
+
+    def due(self, step: int) -> bool:
+        """Whether optimizer step number `step`, counted from 1, is rewarded."""
+        since = step - self.options.first_reward_step
+        return since >= 0 and since % self.options.reward_every == 0 and self.guard.stopped_at is None
+
+    def losses(
+        self, predict: Callable[[Batch], Tensor], step: int, place: int = 0, places: int = 1, at_once: int | None = None
+    ) -> Iterator[Tensor]:
+        """Draw the rewarded pictures of a step, `at_once` of them at a time (None: all).
+
+        The losses add up to minus the mean identity, times the weight.
+
+        predict: the denoiser's answer to a batch. place: this process among `places`, each with a batch of its own. A
+        picture's noise is a function of the seed and its number, counted over steps and processes.
+        """
+        size = self.options.reward_batch_size
+        first = ((step - 1) * places + place) * size
+        for part in parts(size, at_once or size):
+            yield self.loss_of(predict, step, range(first, first + size)[part])
+
+    def loss_of(self, predict: Callable[[Batch], Tensor], step: int, numbers: range) -> Tensor:
+        """The part of the loss that the pictures of these numbers are."""
+        options = self.options
+        like = self.data.samples[step % self.data.num_references]
+        drawn = [noise_of(options.seed, number, like.latents.shape[1:]) for number in numbers]
+        chosen = shuffled_indices(numbers.start, len(numbers), len(self.prompts), options.seed)
+        asking = guided(
+            predict, [self.prompts[i] for i in chosen], self.data, like.frame, options.reward_guidance_scale
+        )
+        latents = sample(asking, torch.stack(drawn).to(self.scorer.model.device), self.path, options.reward_steps)
+        scores = identity_reward(decode(self.family, latents), self.scorer, self.subject)
+        return -options.reward_weight * scores.sum() / options.reward_batch_size
+
+
+def decode(family: Family, latents: Tensor) -> Tensor:
+    """`Family.decode` that keeps nothing for its gradient: each picture is decoded again when its turn has come."""
+    return torch.cat([checkpoint(family.decode, one, use_reentrant=False) for one in latents.split(1)])
+
+
+def noise_of(seed: int, number: int, shape: Sequence[int]) -> Tensor:
+    """Draw the noise [C,h,w] that rewarded picture number `number` begins with."""
+    return torch.from_numpy(np.random.default_rng([seed, number, 1]).standard_normal(tuple(shape), dtype=np.float32))
+
+
+def guided(
+    predict: Callable[[Batch], Tensor], prompts: Sequence[int], data: TrainingSet, frame: Tensor, scale: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Make (noisy [B,C,h,w], timesteps [B]) -> prediction, with classifier-free guidance where `scale` is above 1.
+
+    prompts: [B], numbers in `data`.
+    """
+    copies = 2 if scale > 1 else 1
+    asked = [*prompts, *([data.prompts.index("")] * len(prompts) if copies == 2 else [])]
+    rows, prompt_index = torch.tensor(asked).unique(return_inverse=True)
+    frames = frame.expand(len(asked), -1)
+
+    def ask(noisy: Tensor, timesteps: Tensor) -> Tensor:
+        noisy, timesteps = noisy.repeat(copies, 1, 1, 1), timesteps.repeat(copies)
+        ones = torch.ones(len(noisy))
+        question = Noised(noisy, noisy, timesteps, ones)  # nothing is compared with the target
+        batch = Batch(
+            noised=question, importance=ones, share=ones, frame=frames, prompts=rows, prompt_index=prompt_index
+        )
+        predicted = predict(batch)
+        if copies == 1:
+            return predicted
+        shown, plain = predicted.chunk(2)
+        return plain + scale * (shown - plain)
+
+    return ask
+
+
+class RewardGuard:
+    """Ends the reward when what identity does not see has lost too much. Its state travels in checkpoints.
+
+    max_drop: share in (0, 1) of the value before the reward that adherence or diversity may lose. first_step: the first
+    rewarded one. stopped_at: the step after which the reward ended, None while it counts.
+    """
+
+    def __init__(self, max_drop: float, first_step: int) -> None:
+        self.max_drop, self.first_step = max_drop, first_step
+        self.before: dict[str, float] = {}
+        self.stopped_at: int | None = None
+
+    def look(self, step: int, **values: float | None) -> str:
+        """Take note of what was measured after `step` steps; returns why the reward ends here, else "".
+
+        values: larger is better, as adherence=, diversity=; None: not measured. Those of the last look before the
+        first rewarded step are what later ones are held against.
+        """
+        known = {name: value for name, value in values.items() if value is not None}
+        if step < self.first_step:
+            self.before = known
+        if self.stopped_at is not None:
+            return ""
+        for name, value in known.items():
+            least = lowest(self.before[name], self.max_drop) if name in self.before else value
+            if value < least:
+                self.stopped_at = step
+                return f"reward ended after step {step}: {name} {value:.3f}, {self.before[name]:.3f} before the reward"
+        return ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"before": self.before, "stopped_at": self.stopped_at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what a checkpoint kept."""
+        self.before, self.stopped_at = state["before"], state["stopped_at"]
+
+
+def lowest(before: float, max_drop: float) -> float:
+    """The smallest value that has lost no more than a share of `before`, whatever its sign."""
+    return before - max_drop * abs(before)
