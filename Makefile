@@ -3,6 +3,7 @@
 # make test-oldest  another venv, the oldest versions allowed, and what must run on them
 # make check        linter, formatting, types
 # make demo         the app in the browser
+# make docs         the site, in site/; a broken link or a public name without a docstring is an error
 # Options: TORCH=2.13.0 (of test-oldest, instead of the oldest), PYTHON=python3.12 (which interpreter makes the venv), ARGS="--subject-index 3" (passed on to the command).
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ TORCH ?= $(shell sed -n 's/^torch==//p' constraints-oldest.txt)
 OLDEST_TESTS := tests/test_encoder.py tests/test_checkpoints.py tests/test_guard.py tests/test_training_head.py \
 	tests/test_training_lora.py tests/test_cli.py
 
-.PHONY: quickstart test test-oldest check demo clean
+.PHONY: quickstart test test-oldest check demo docs clean
 
 # Each extra has a stamp file in the venv: installing is repeated only when what is installed has changed.
 $(BIN)/python:
@@ -31,7 +32,7 @@ quickstart: $(VENV)/generate.installed
 	$(BIN)/nearid quickstart --out quickstart $(ARGS)
 
 test: $(VENV)/dev.installed
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 $(OLDEST)/%.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(OLDEST)
@@ -51,5 +52,8 @@ check: $(VENV)/dev.installed
 demo: $(VENV)/demo.installed
 	$(BIN)/nearid demo $(ARGS)
 
+docs: $(VENV)/docs.installed
+	$(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -9,6 +9,7 @@ import torch
 
 from nearid_personalize.errors import InputError
 from nearid_personalize.hub import HUB_ERRORS, download_fault, split_revision
+from nearid_personalize.names import packaged
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -46,12 +47,7 @@ def load_pipeline(base_model: str, device: str, dtype: torch.dtype) -> "Diffusio
     if os.environ.get("DIFFUSERS_VERBOSITY") == "error":
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    if base_model == "miniworld":
-        from nearid_personalize.miniworld import weights_dir
-
-        source, revision = str(weights_dir("pipeline")), None
-    else:
-        source, revision = split_revision(base_model)
+    source, revision = split_revision(packaged(base_model, "pipeline"))
     if Path(source).exists():
         _check_pipeline_folder(base_model, Path(source))
     try:

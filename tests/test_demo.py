@@ -18,10 +18,10 @@ from test_uploads import BAD_LORAS, BAD_PICTURES, pair
 from nearid_personalize import IdentityScorer
 from nearid_personalize.commands.options import Demo
 from nearid_personalize.demo.api import PHOTO_FILES, checked_places
-from nearid_personalize.demo.desk import Desk
+from nearid_personalize.demo.handlers import Handlers
 from nearid_personalize.demo.jobs import Cancelled, Device, Job
 from nearid_personalize.demo.server import credentials, serve
-from nearid_personalize.demo.studio import CARD_SCALES, Exam, Lesson, Studio
+from nearid_personalize.demo.studio import CARD_SCALES, CardRequest, Studio, TrainingRequest
 from nearid_personalize.demo.visitors import Visitors
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import IMAGE_SUFFIXES
@@ -102,7 +102,7 @@ def test_jobs_have_the_device_one_at_a_time_in_the_order_they_came():
     device, running, log = Device(), [], []
 
     def work(number: int):
-        def run(tell) -> int:
+        def run(report_progress) -> int:
             running.append(number)
             assert len(running) == 1
             time.sleep(0.02)
@@ -128,10 +128,10 @@ def test_jobs_have_the_device_one_at_a_time_in_the_order_they_came():
 def test_a_job_whose_listener_leaves_frees_the_device():
     device, ended = Device(), threading.Event()
 
-    def endless(tell) -> int:
+    def endless(report_progress) -> int:
         try:
             while True:
-                tell(0)
+                report_progress(0)
                 time.sleep(0.01)
         except Cancelled:
             ended.set()
@@ -141,14 +141,14 @@ def test_a_job_whose_listener_leaves_frees_the_device():
     assert next(news) == 0 or next(news) == 0
     news.close()
     assert ended.wait(2)
-    assert [n for n in Job(lambda tell: 1, device).news() if n is not None] == [1]
+    assert [n for n in Job(lambda report_progress: 1, device).news() if n is not None] == [1]
 
 
 def test_a_job_that_waits_leaves_the_line_when_cancelled():
     device, go = Device(), threading.Event()
-    first = Job(lambda tell: go.wait(10), device).news()
+    first = Job(lambda report_progress: go.wait(10), device).news()
     next(first)
-    waiting = Job(lambda tell: 1, device)
+    waiting = Job(lambda report_progress: 1, device)
     news = waiting.news()
     while not waiting.ahead:
         assert next(news) is None
@@ -161,16 +161,16 @@ def test_a_job_that_waits_leaves_the_line_when_cancelled():
 def test_errors_of_the_work_are_raised_to_the_listener_and_the_line_is_limited():
     device = Device(max_waiting=0)
 
-    def fail(tell) -> int:
+    def fail(report_progress) -> int:
         raise InputError("no such thing")
 
     with pytest.raises(InputError, match="no such thing"):
         list(Job(fail, device).news())
     go = threading.Event()
-    first = Job(lambda tell: go.wait(10), device).news()
+    first = Job(lambda report_progress: go.wait(10), device).news()
     next(first)
     with pytest.raises(InputError, match="others are waiting"):
-        list(Job(lambda tell: 1, device).news())
+        list(Job(lambda report_progress: 1, device).news())
     go.set()
     list(first)
 
@@ -208,9 +208,9 @@ def test_a_lora_gets_its_report_card(tmp_path):
     for place, photo in enumerate(example_references(0, split="val", category="dog")[0]):
         photo.save(folder / f"{place}.png")
     visitor.add_photos(sorted(folder.iterdir()))
-    lesson = Lesson("miniworld", folder, "dog", visitor.new_folder("lora"), steps=2)
-    lora = last(studio.training(lesson)).lora
-    exam = Exam(
+    request = TrainingRequest("miniworld", folder, "dog", visitor.new_folder("lora"), steps=2)
+    lora = last(studio.training(request)).lora
+    request = CardRequest(
         "miniworld",
         tuple(visitor.photos),
         lora / "pytorch_lora_weights.safetensors",
@@ -219,9 +219,9 @@ def test_a_lora_gets_its_report_card(tmp_path):
         visitor.new_folder("card"),
         steps=2,
     )
-    marks = last(studio.examination(exam))
+    marks = last(studio.card(request))
     assert marks.share == 1 and {cell.scale for cell in marks.card.cells} == set(CARD_SCALES)
-    assert {"report_card.html", "report.json", "contact_sheet.png"} == {path.name for path in exam.output.iterdir()}
+    assert {"report_card.html", "report.json", "contact_sheet.png"} == {path.name for path in request.output.iterdir()}
 
 
 def last(job: Job):
@@ -240,20 +240,20 @@ def test_an_uploaded_lora_is_used_until_it_is_taken_out(tmp_path):
     """A refused one leaves the box empty, and in use what was."""
     scorer = IdentityScorer.from_pretrained("miniworld")
     visitors, given = Visitors(tmp_path, 60, 5), tmp_path / "given.safetensors"
-    desk = Desk(Studio(scorer, "miniworld", ("miniworld",)), visitors, lora=given)
-    visit = desk.welcome()["visit"]
+    handlers = Handlers(Studio(scorer, "miniworld", ("miniworld",)), visitors, lora=given)
+    visit = handlers.welcome()["visit"]
     good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
     good.write_bytes(pair([4, 32], [32, 4]))
     bad.write_bytes(BAD_LORAS["cut"])
 
-    told = desk.take_lora(visit, str(good))
+    told = handlers.take_lora(visit, str(good))
     assert "good.safetensors will be used" in told["train_note"] and "lora_file" not in told
     used = visit.lora_in_use
     assert used.read_bytes() == good.read_bytes()
-    told = desk.take_lora(visit, str(bad))
+    told = handlers.take_lora(visit, str(bad))
     assert "bad.safetensors:" in told["train_note"].lower() and told["lora_file"] is None
     assert visit.lora_in_use == used
-    assert desk.drop_lora(visit) == {"train_note": ""}
+    assert handlers.drop_lora(visit) == {"train_note": ""}
     assert visit.lora_in_use == given
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from nearid_personalize.errors import InputError
 from nearid_personalize.guard.guard import IdentityGuard
 from nearid_personalize.guard.policy import FixedSchedule, RacingPolicy
-from nearid_personalize.guard.result import Glimpse, GuardResults, NothingAcceptedWarning
+from nearid_personalize.guard.result import GuardResults, NothingAcceptedWarning, RaceProgress
 from nearid_personalize.scorer.scorer import IdentityScorer
 
 STEPS = 3
@@ -183,15 +183,15 @@ def test_the_better_half_by_preview_goes_on(halving):
 
 def test_who_watches_sees_the_race_and_changes_nothing(halving):
     """Steps in order, previews of those in the race, and in the end what the result holds."""
-    glimpses: list[Glimpse] = []
+    glimpses: list[RaceProgress] = []
     plain = halving("a dog", num_images=1, num_candidates=4, num_inference_steps=4)
     watched = halving("a dog", num_images=1, num_candidates=4, num_inference_steps=4, watch=glimpses.append)
     assert [(c.seed, c.score, c.status) for c in watched.candidates] == [
         (c.seed, c.score, c.status) for c in plain.candidates
     ]
-    for glimpse in glimpses:
-        racing, over = set(glimpse.looks), {candidate.seed for candidate in glimpse.candidates}
-        assert not racing & over and glimpse.step <= glimpse.num_steps == 4
+    for progress in glimpses:
+        racing, over = set(progress.looks), {candidate.seed for candidate in progress.candidates}
+        assert not racing & over and progress.step <= progress.num_steps == 4
     stopped = {c.seed for c in plain.candidates if c.status == "stopped"}
     middle = next(g for g in glimpses if g.candidates)
     assert {c.seed for c in middle.candidates} == stopped and middle.step < 4
@@ -203,8 +203,8 @@ def test_who_watches_can_end_the_race(halving, pipe):
     class Enough(Exception):
         pass
 
-    def end(glimpse: Glimpse) -> None:
-        if glimpse.step == 2:
+    def end(progress: RaceProgress) -> None:
+        if progress.step == 2:
             raise Enough
 
     before = pixels(pipe("a dog", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0])

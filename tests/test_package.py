@@ -2,6 +2,8 @@
 
 import ast
 import fnmatch
+import importlib
+import inspect
 import os
 import re
 import shutil
@@ -99,3 +101,27 @@ def test_floors_are_the_versions_that_are_run_together():
     assert floors.keys() <= pins.keys()
     for name, floor in floors.items():
         assert Version(pins[name]) in SpecifierSet(f"=={floor}.*"), name
+
+
+@pytest.mark.parametrize("package", ["", ".encoder", ".scorer", ".floors", ".guard", ".lora", ".training.lora"])
+def test_every_public_name_says_what_it_is(package):
+    module = importlib.import_module(f"nearid_personalize{package}")
+    for name in module.__all__:
+        value = getattr(module, name)
+        if not (inspect.isclass(value) or inspect.isfunction(value)):
+            continue
+        assert inspect.getdoc(value), name
+        for method, function in vars(value).items() if inspect.isclass(value) else ():
+            if not method.startswith("_") and inspect.isfunction(function):
+                assert inspect.getdoc(getattr(value, method)), f"{name}.{method}"
+
+
+def test_old_paths_go_on_working():
+    from nearid_personalize.encoder import NearIDModel, load_encoder  # noqa: F401
+    from nearid_personalize.floors import AdherenceFloor, CopyFloor, QualityFloor  # noqa: F401
+    from nearid_personalize.guard import FixedSchedule, IdentityGuard, PreviewProfile, RacingPolicy, replay
+    from nearid_personalize.losses import two_tier_loss  # noqa: F401
+    from nearid_personalize.metrics import bootstrap_interval  # noqa: F401
+    from nearid_personalize.scorer import IdentityScorer, Subject  # noqa: F401
+
+    assert callable(replay) and {FixedSchedule, IdentityGuard, PreviewProfile, RacingPolicy}

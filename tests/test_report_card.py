@@ -18,8 +18,8 @@ from nearid_personalize.commands.quickstart import quickstart_lora
 from nearid_personalize.errors import InputError
 from nearid_personalize.lora.card import (
     Cell,
-    Jury,
     ReportCard,
+    SampleJudge,
     Shot,
     report_card,
     thumbnail,
@@ -77,16 +77,18 @@ def pipe(tiny_pipeline_dir):
 
 
 @pytest.fixture(scope="module")
-def jury(tiny_nearid_dir) -> Jury:
+def sample_judge(tiny_nearid_dir) -> SampleJudge:
     photos = [checkered(seed) for seed in range(3)]
     scorer = IdentityScorer.from_pretrained(tiny_nearid_dir)
-    return Jury(scorer, scorer.enroll(photos), photos, token="sks")
+    return SampleJudge(scorer, scorer.enroll(photos), photos, token="sks")
 
 
 @pytest.fixture(scope="module")
-def card(pipe, jury, checkpoints) -> ReportCard:
+def card(pipe, sample_judge, checkpoints) -> ReportCard:
     loras = find_loras([checkpoints])
-    return report_card(pipe, loras, jury, "sks dog", (0.5, 1.0), PROMPTS, 2, progress=False, num_inference_steps=2)
+    return report_card(
+        pipe, loras, sample_judge, "sks dog", (0.5, 1.0), PROMPTS, 2, progress=False, num_inference_steps=2
+    )
 
 
 def cell(num_accepted: int, num_images: int = 10, scale: float = 1.0, identity: float = 0.5) -> Cell:
@@ -216,17 +218,17 @@ def test_the_pipeline_is_left_as_it_was(card, pipe):
     assert [shot.jpeg for shot in card.base.shots] == [thumbnail(image) for row in redrawn for image in row]
 
 
-def test_acceptance_is_the_threshold_and_the_floors(pipe, jury, lora):
+def test_acceptance_is_the_threshold_and_the_floors(pipe, sample_judge, lora):
     class Refuses:
         def judge(self, images, prompt):
             assert "sks" not in prompt
             return ["too plain"] * len(images)
 
-    low = jury.subject.__class__(jury.subject.embeddings, -1.0)
-    high = jury.subject.__class__(jury.subject.embeddings, 1.1)
+    low = sample_judge.subject.__class__(sample_judge.subject.embeddings, -1.0)
+    high = sample_judge.subject.__class__(sample_judge.subject.embeddings, 1.1)
     rates = []
     for subject, floors in ((low, ()), (high, ()), (low, (Refuses(),)), (high, (Refuses(),))):
-        judges = Jury(jury.scorer, subject, jury.references, floors, token="sks")
+        judges = SampleJudge(sample_judge.scorer, subject, sample_judge.references, floors, token="sks")
         found = report_card(
             pipe, {"a": lora}, judges, "sks dog", (1.0,), PROMPTS, 1, progress=False, num_inference_steps=1
         )
@@ -234,7 +236,7 @@ def test_acceptance_is_the_threshold_and_the_floors(pipe, jury, lora):
     assert rates == [(1.0, set()), (0.0, {"identity"}), (0.0, {"too"}), (0.0, {"identity"})]
 
 
-def test_a_misfit_is_refused_before_anything_is_drawn(pipe, jury, lora, tmp_path):
+def test_a_misfit_is_refused_before_anything_is_drawn(pipe, sample_judge, lora, tmp_path):
     stranger = tmp_path / "stranger.safetensors"
     save_file({f"transformer.blocks.0.to_q.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}, stranger)
     calls = []
@@ -242,7 +244,7 @@ def test_a_misfit_is_refused_before_anything_is_drawn(pipe, jury, lora, tmp_path
         pipe.unet.register_forward_hook(lambda *_: calls.append(1)),
         pytest.raises(InputError, match=r"stranger\.safetensors.*does not fit"),
     ):
-        report_card(pipe, {"good": lora, "bad": stranger}, jury, "sks dog", (1.0,), PROMPTS, 1, progress=False)
+        report_card(pipe, {"good": lora, "bad": stranger}, sample_judge, "sks dog", (1.0,), PROMPTS, 1, progress=False)
     assert not calls and not pipe.get_list_adapters()
 
 

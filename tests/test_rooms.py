@@ -100,4 +100,6 @@ def test_pure_rooms_import_torch_and_numpy_alone(module):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
         for name in names:
             root = name.split(".")[0]
-            assert root in {"torch", "numpy", "nearid_personalize"} or root in sys.stdlib_module_names, f"{module} imports {name}"
+            assert root in {"torch", "numpy", "nearid_personalize"} or root in sys.stdlib_module_names, (
+                f"{module} imports {name}"
+            )

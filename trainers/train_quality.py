@@ -26,7 +26,8 @@ from nearid_personalize.encoder.preprocessing import Preprocessing
 from nearid_personalize.errors import InputError
 from nearid_personalize.floors.quality import QualityRates, picture_tokens, save_quality
 from nearid_personalize.loading import choose_device, choose_dtype, load_pipeline
-from nearid_personalize.miniworld import Split, weights_dir
+from nearid_personalize.miniworld import Split
+from nearid_personalize.names import packaged
 from nearid_personalize.training.quality import (
     Pictures,
     QualityOptions,
@@ -101,7 +102,7 @@ def run(arguments: Arguments) -> Path:
     """Draw, fit, measure on validation pictures, save."""
     started = time.perf_counter()
     device = choose_device(arguments.device)
-    name = str(weights_dir("nearid")) if arguments.model == "miniworld" else arguments.model
+    name = packaged(arguments.model, "nearid")
     model, preprocessing, folder = load_encoder(name)
     model = model.to(device)
     pipe = load_pipeline(arguments.pipeline, device, choose_dtype("auto", device))

@@ -18,7 +18,7 @@ from nearid_personalize.loading import choose_device, choose_dtype, load_pipelin
 from nearid_personalize.report import to_json
 
 if TYPE_CHECKING:
-    from nearid_personalize.lora.card import Jury
+    from nearid_personalize.lora.card import SampleJudge
 
 
 def run_report_card(options: ReportCard) -> int:
@@ -42,16 +42,24 @@ def run_report_card(options: ReportCard) -> int:
     with clock.stage("load"):
         device = choose_device(options.device)
         check_attention(options.attention, device)
-        jury = _card_jury(options, references, token, device)
+        sample_judge = _sample_judge(options, references, token, device)
         pipe = load_pipeline(options.base_model, device, choose_dtype(options.dtype, device))
         pipe.set_progress_bar_config(disable=True)
-    say(options.json, jury.subject.describe())
+    say(options.json, sample_judge.subject.describe())
     arguments: dict = {"num_inference_steps": options.steps}
     if options.guidance_scale is not None:
         arguments["guidance_scale"] = options.guidance_scale
     with clock.stage("draw"), using_attention(denoiser_of(pipe), options.attention, device):
         card = report_card(
-            pipe, loras, jury, subject_name, options.scales, prompts, options.seeds, options.max_batch_size, **arguments
+            pipe,
+            loras,
+            sample_judge,
+            subject_name,
+            options.scales,
+            prompts,
+            options.seeds,
+            options.max_batch_size,
+            **arguments,
         )
     models = {"base": options.base_model, "lora": {k: str(v) for k, v in loras.items()}, "scorer": options.model}
     report = write_card(card, options.out, models, clock.seconds)
@@ -77,10 +85,10 @@ def _card_prompts(options: ReportCard, loras: Sequence[Path]) -> tuple[str, str,
     return name, token, options.prompts or default_prompts(name, options.living)
 
 
-def _card_jury(options: ReportCard, references: Sequence[Image.Image], token: str, device: str) -> "Jury":
+def _sample_judge(options: ReportCard, references: Sequence[Image.Image], token: str, device: str) -> "SampleJudge":
     from nearid_personalize.floors.adherence import TextImageEncoder
     from nearid_personalize.floors.chosen import chosen_floors
-    from nearid_personalize.lora.card import Jury
+    from nearid_personalize.lora.card import SampleJudge
     from nearid_personalize.scorer.scorer import IdentityScorer
 
     scorer = IdentityScorer.from_pretrained(options.model, device, trunk=options.trunk)
@@ -89,4 +97,4 @@ def _card_jury(options: ReportCard, references: Sequence[Image.Image], token: st
     text_image = (
         TextImageEncoder.from_pretrained(options.text_image_model, device) if options.text_image_model else None
     )
-    return Jury(scorer, subject, references, floors, text_image, token)
+    return SampleJudge(scorer, subject, references, floors, text_image, token)

@@ -22,6 +22,7 @@ from torch.nn.functional import interpolate
 from nearid_personalize.data.reconstruct import Reconstruction
 from nearid_personalize.encoder.checkpoints import weights_fingerprint
 from nearid_personalize.errors import InputError
+from nearid_personalize.names import packaged
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -184,9 +185,7 @@ def load_previews(base: str | Path, share: float, rest: Reconstruction | None = 
     """
     from diffusers import DiffusionPipeline  # the library does not need diffusers otherwise
 
-    from nearid_personalize.miniworld import weights_dir  # which imports this package
-
-    folder = weights_dir("pipeline") if str(base) == "miniworld" else base
+    folder = packaged(base, "pipeline")
     try:
         kind = DiffusionPipeline.load_config(folder)["_class_name"]
         if kind not in BASES:

@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from nearid_personalize.demo.desk import (
+from nearid_personalize.demo.handlers import (
     checked_prompt,
     checked_word,
     need_photos,
@@ -20,7 +20,16 @@ from nearid_personalize.demo.desk import (
     taken_lora,
 )
 from nearid_personalize.demo.jobs import Job
-from nearid_personalize.demo.studio import FALSE_ACCEPT_RATES, TOKEN, Exam, Lesson, Order, Studio, whole_prompt, zipped
+from nearid_personalize.demo.studio import (
+    FALSE_ACCEPT_RATES,
+    TOKEN,
+    CardRequest,
+    DrawingRequest,
+    Studio,
+    TrainingRequest,
+    whole_prompt,
+    zipped,
+)
 from nearid_personalize.demo.visitors import Visitor, Visitors
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import IMAGE_SUFFIXES, load_image, save_image
@@ -78,7 +87,7 @@ class Endpoints:
         """Teach a model the pet of the photos. word: what it is, such as dog. steps: 0 for the model's usual number."""
         with self._caller(photos) as visitor:
             folder = photo_folder(need_photos(visitor))
-            lesson = Lesson(
+            request = TrainingRequest(
                 base_model,
                 folder,
                 checked_word(word),
@@ -86,7 +95,7 @@ class Endpoints:
                 within("steps", steps, 0, 10_000) or None,
                 within("seed", seed, 0, 2**31),
             )
-            job = self.studio.training(lesson)
+            job = self.studio.training(request)
             for news in job.news():
                 if news is None:
                     yield waits(job), None
@@ -114,7 +123,7 @@ class Endpoints:
         the usual number.
         """
         with self._caller(photos) as visitor:
-            order = Order(
+            request = DrawingRequest(
                 base_model=base_model,
                 photos=tuple(need_photos(visitor).photos),
                 prompt=whole_prompt(checked_prompt(text), checked_word(word)),
@@ -126,17 +135,17 @@ class Endpoints:
                 seed=within("seed", seed, 0, 2**31),
                 steps=within("steps", steps, 0, 100) or self.steps,
             )
-            job = self.studio.drawing(order)
+            job = self.studio.drawing(request)
             for news in job.news():
                 if news is None:
                     yield waits(job), None, None
                 elif news.outcome is not None:
                     named = {c["seed"]: c["image"] for c in news.outcome.report["candidates"]}
-                    accepted = [str(order.output / named[c.seed]) for c in news.outcome.result.accepted]
+                    accepted = [str(request.output / named[c.seed]) for c in news.outcome.result.accepted]
                     yield {"status": "done", **news.outcome.report}, accepted, str(news.outcome.archive)
-                elif news.glimpse is not None:
-                    done = len(news.glimpse.candidates)
-                    yield {"status": "drawing", "candidates_done": done, "step": news.glimpse.step}, None, None
+                elif news.progress is not None:
+                    done = len(news.progress.candidates)
+                    yield {"status": "drawing", "candidates_done": done, "step": news.progress.step}, None, None
 
     def report_card(
         self,
@@ -155,7 +164,7 @@ class Endpoints:
             if not lora:
                 raise InputError("there is no LoRA: give a .safetensors file, such as that of `train`")
             word = checked_word(word)
-            exam = Exam(
+            request = CardRequest(
                 base_model=base_model,
                 photos=tuple(need_photos(visitor).photos),
                 lora=taken_lora(visitor, Path(lora)),
@@ -164,15 +173,15 @@ class Endpoints:
                 output=visitor.new_folder("report-card"),
                 steps=within("steps", steps, 0, 100) or self.steps,
             )
-            job = self.studio.examination(exam)
+            job = self.studio.card(request)
             for news in job.news():
                 if news is None:
                     yield waits(job), None
                 elif news.card is None:
                     yield {"status": "drawing", "share": news.share}, None
                 else:
-                    told = json.loads((exam.output / "report.json").read_text(encoding="utf-8"))
-                    yield {"status": "done", "verdict": verdict(news.card), **told}, str(zipped(exam.output))
+                    told = json.loads((request.output / "report.json").read_text(encoding="utf-8"))
+                    yield {"status": "done", "verdict": verdict(news.card), **told}, str(zipped(request.output))
 
     def _caller(self, photos: list[str] | None = None) -> "_Caller":
         return _Caller(self.visitors, photos)

@@ -55,8 +55,9 @@ class Device:
 class Job(Generic[News]):
     """One piece of work in a thread of its own.
 
-    work: is given `tell`; what it tells, and in the end returns, is news; `tell` raises `Cancelled` to end it. Of news
-    told faster than read only the latest are kept. ahead: how many jobs this one waits for.
+    work: is given `report_progress`. What it reports, and in the end returns, is news; `report_progress` raises
+    `Cancelled` to end it. Of news that come faster than they are read only the latest are kept. ahead: how many jobs
+    this one waits for.
     """
 
     def __init__(self, work: Callable[[Callable[[News], None]], News], device: Device) -> None:

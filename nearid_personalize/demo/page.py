@@ -9,7 +9,7 @@ from PIL import Image
 
 from nearid_personalize.demo import pictures, words
 from nearid_personalize.demo.api import PHOTO_FILES, add_endpoints
-from nearid_personalize.demo.desk import SAMPLE_PETS, Desk, answering
+from nearid_personalize.demo.handlers import SAMPLE_PETS, Handlers, answering
 from nearid_personalize.demo.studio import Studio
 from nearid_personalize.demo.visitors import Visitors
 from nearid_personalize.errors import InputError
@@ -53,18 +53,18 @@ def build(studio: Studio, visitors: Visitors, steps: int = 20, lora: Path | None
             elem_classes="intro",
         )
         toy = studio.base_models[0] == "miniworld"
-        desk = Desk(studio, visitors, lora, (TOY_PLACES if toy else PLACES)[:3])
+        handlers = Handlers(studio, visitors, lora, (TOY_PLACES if toy else PLACES)[:3])
         widgets: dict[str, Any] = {"visit": gr.State(None, time_to_live=visitors.keep_seconds)}
         with gr.Tabs():
             with gr.Tab("Personalize"):
                 photo_widgets(widgets)
-                training_widgets(widgets, desk)
-                picture_widgets(widgets, desk, steps)
+                training_widgets(widgets, handlers)
+                picture_widgets(widgets, handlers, steps)
             with gr.Tab("Compare"):
                 compare_tab(studio, visitors.max_photos)
             with gr.Tab("Report card"):
                 card_widgets(widgets)
-        connect(desk, page, widgets)
+        connect(handlers, page, widgets)
         gr.HTML(
             "<p>Photos, LoRAs and pictures stay on the machine that shows this page, in a folder of yours alone, and"
             f" are deleted {words.duration(visitors.keep_seconds)} after their last use.</p>",
@@ -81,7 +81,7 @@ def tile_grid(name: str, label: str) -> gr.HTML:
 # --- Personalize -----------------------------------------------------------------------------------------------------
 
 
-def connect(desk: Desk, page: gr.Blocks, widgets: dict[str, Any]) -> None:
+def connect(handlers: Handlers, page: gr.Blocks, widgets: dict[str, Any]) -> None:
     """Which handler answers what. Handlers know the widgets by these names."""
 
     def on(event: Callable, handler: Callable, inputs: Sequence[str] = (), busy: str | None = None, **more: Any) -> Any:
@@ -90,25 +90,25 @@ def connect(desk: Desk, page: gr.Blocks, widgets: dict[str, Any]) -> None:
         asked = [widgets[name] for name in ("visit", *inputs)]
         return event(answering(handler, widgets), asked, [*widgets.values()], **{**PRIVATE, **shown, **more})
 
-    page.load(answering(desk.welcome, widgets), None, widgets["visit"], **PRIVATE)
-    on(widgets["drop"].upload, desk.add, ["drop"], "photo_note")
-    on(widgets["pets"].select, desk.borrow, (), "photo_note")
-    on(widgets["photos"].select, desk.select)
-    on(widgets["remove"].click, desk.remove_selected)
-    on(widgets["tidy"].click, desk.remove_doubtful)
-    on(widgets["forget"].click, desk.forget)
-    on(widgets["train"].click, desk.train, ["base_model", "word", "lora_steps"])
-    on(widgets["lora_file"].upload, desk.take_lora, ["lora_file"], "train_note")
-    on(widgets["lora_file"].clear, desk.drop_lora)
-    on(widgets["examine"].click, desk.examine, ["base_model", "word", "steps", "guidance"])
+    page.load(answering(handlers.welcome, widgets), None, widgets["visit"], **PRIVATE)
+    on(widgets["drop"].upload, handlers.add, ["drop"], "photo_note")
+    on(widgets["pets"].select, handlers.borrow, (), "photo_note")
+    on(widgets["photos"].select, handlers.select)
+    on(widgets["remove"].click, handlers.remove_selected)
+    on(widgets["tidy"].click, handlers.remove_doubtful)
+    on(widgets["forget"].click, handlers.forget)
+    on(widgets["train"].click, handlers.train, ["base_model", "word", "lora_steps"])
+    on(widgets["lora_file"].upload, handlers.take_lora, ["lora_file"], "train_note")
+    on(widgets["lora_file"].clear, handlers.drop_lora)
+    on(widgets["examine"].click, handlers.examine, ["base_model", "word", "steps", "guidance"])
     for name in ("cancel", "stop", "cancel_card"):
-        on(widgets[name].click, desk.cancel, queue=False)
+        on(widgets[name].click, handlers.cancel, queue=False)
     asked = ["base_model", "word", "prompt", "wanted", "candidates", "strictness", "spending", "seed", "steps"]
-    on(widgets["draw"].click, desk.draw, [*asked, "guidance", "race", "copies"])
-    for name, handler in (("accepted", desk.open_accepted), ("others", desk.open_other)):
+    on(widgets["draw"].click, handlers.draw, [*asked, "guidance", "race", "copies"])
+    for name, handler in (("accepted", handlers.open_accepted), ("others", handlers.open_other)):
         opened = on(widgets[name].select, handler, (), "details")
         opened.then(None, js=SHOW_DETAILS, api_visibility="private")
-    on(widgets["plain"].click, desk.without_guard)
+    on(widgets["plain"].click, handlers.without_guard)
 
 
 def photo_widgets(widgets: dict[str, Any]) -> None:
@@ -146,10 +146,10 @@ def sample_pets() -> list[pictures.Tile]:
     ]
 
 
-def training_widgets(widgets: dict[str, Any], desk: Desk) -> None:
+def training_widgets(widgets: dict[str, Any], handlers: Handlers) -> None:
     """Step 2: let a model learn it."""
-    models, toy = desk.studio.base_models, desk.studio.base_models[0] == "miniworld"
-    usual = desk.studio.lora_steps or (120 if toy else 400)
+    models, toy = handlers.studio.base_models, handlers.studio.base_models[0] == "miniworld"
+    usual = handlers.studio.lora_steps or (120 if toy else 400)
     gr.Markdown("## 2. Let a model learn it")
     with gr.Row():
         widgets["base_model"] = gr.Dropdown(
@@ -177,9 +177,9 @@ def training_widgets(widgets: dict[str, Any], desk: Desk) -> None:
         )
 
 
-def picture_widgets(widgets: dict[str, Any], desk: Desk, steps: int) -> None:
+def picture_widgets(widgets: dict[str, Any], handlers: Handlers, steps: int) -> None:
     """Step 3: where shall it go; and what came of it."""
-    toy = desk.studio.base_models[0] == "miniworld"
+    toy = handlers.studio.base_models[0] == "miniworld"
     texts = TOY_PLACES if toy else PLACES
     gr.Markdown("## 3. Where shall it go?")
     widgets["prompt"] = gr.Textbox(texts[0], label="A picture of my pet …", max_lines=2, elem_id="prompt")

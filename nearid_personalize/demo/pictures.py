@@ -12,7 +12,7 @@ from io import BytesIO
 from PIL import Image
 
 from nearid_personalize.demo import words
-from nearid_personalize.guard.result import Candidate, Glimpse
+from nearid_personalize.guard.result import Candidate, RaceProgress
 from nearid_personalize.photos import PhotoCheck
 from nearid_personalize.report import fitted
 
@@ -84,10 +84,10 @@ def candidate_tiles(candidates: Sequence[Candidate], threshold: float, first_ran
     ]
 
 
-def tiles_under_way(glimpse: Glimpse) -> list[Tile]:
+def tiles_under_way(progress: RaceProgress) -> list[Tile]:
     """The candidates still being drawn, as they looked last."""
     return [
-        Tile(image, f"drawing… {words.score(score)}", "drawing") for image, score in glimpse.looks.values() if image
+        Tile(image, f"drawing… {words.score(score)}", "drawing") for image, score in progress.looks.values() if image
     ]
 
 

@@ -20,7 +20,7 @@ from nearid_personalize.floors.chosen import chosen_floors
 from nearid_personalize.floors.copies import COPY_LIMIT
 from nearid_personalize.guard.guard import IdentityGuard
 from nearid_personalize.guard.policy import DEFAULT_POLICY
-from nearid_personalize.guard.result import Glimpse, GuardResult
+from nearid_personalize.guard.result import GuardResult, RaceProgress
 from nearid_personalize.images import load_image, save_image
 from nearid_personalize.loading import load_pipeline
 from nearid_personalize.photos import PhotoCheck, check_photos
@@ -51,7 +51,7 @@ SAMPLE_STEPS, SAMPLES = 10, 2  # pictures drawn at each look, and their denoisin
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingRequest:
     """A LoRA to train. photos: a folder. word: what the subject is, "dog". steps: None for the base model's usual."""
 
     base_model: str
@@ -63,7 +63,7 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """A training as it goes.
 
     seconds_left: None before it can be told. curve: (step, mean identity of the samples in [-1, 1]) at each look.
@@ -79,7 +79,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Order:
+class DrawingRequest:
     """Pictures to draw.
 
     photos: the subject's. prompt: the whole of it. lora: a file or folder. strictness: a key of `FALSE_ACCEPT_RATES`.
@@ -105,10 +105,10 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of an order: the guard's result, and a zip of pictures, contact sheet and report.json."""
+class DrawingResult:
+    """What came of a request to draw: the guard's result, and a zip of pictures, contact sheet and report.json."""
 
-    order: Order
+    request: DrawingRequest
     result: GuardResult
     subject: Subject
     report: dict
@@ -116,16 +116,16 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class DrawingProgress:
     """An order under way: the race as it is, or in the end the outcome."""
 
-    glimpse: Glimpse | None = None
-    outcome: Outcome | None = None
+    progress: RaceProgress | None = None
+    outcome: DrawingResult | None = None
     threshold: float = 0.0
 
 
 @dataclass(frozen=True)
-class Exam:
+class CardRequest:
     """A LoRA to be tried: with the photos it was trained on, in some places, at some scales.
 
     prompts: whole ones. output: an empty folder.
@@ -142,8 +142,8 @@ class Exam:
 
 
 @dataclass(frozen=True)
-class Marks:
-    """An exam as it goes: the share done, in [0, 1], and in the end the report card."""
+class CardProgress:
+    """A report card as it is filled in: the share done, in [0, 1], and in the end the report card."""
 
     share: float
     card: "ReportCard | None" = None
@@ -217,123 +217,134 @@ class Studio:
 
     # Long jobs: one at a time
 
-    def training(self, lesson: Lesson) -> Job[Progress]:
+    def training(self, request: TrainingRequest) -> Job[TrainingProgress]:
         """A job that trains a LoRA."""
-        return Job(lambda tell: self._train(lesson, tell), self.line)
+        return Job(lambda report_progress: self._train(request, report_progress), self.line)
 
-    def drawing(self, order: Order) -> Job[Drawing]:
+    def drawing(self, request: DrawingRequest) -> Job[DrawingProgress]:
         """A job that draws pictures and keeps those of the subject."""
-        return Job(lambda tell: self._draw(order, tell), self.line)
+        return Job(lambda report_progress: self._draw(request, report_progress), self.line)
 
-    def examination(self, exam: Exam) -> Job[Marks]:
+    def card(self, request: CardRequest) -> Job[CardProgress]:
         """A job that fills in a LoRA's report card."""
-        return Job(lambda tell: self._examine(exam, tell), self.line)
+        return Job(lambda report_progress: self._fill_card(request, report_progress), self.line)
 
-    def _examine(self, exam: Exam, tell: Callable[[Marks], None]) -> Marks:
-        from nearid_personalize.lora.card import Jury, report_card
+    def _fill_card(self, request: CardRequest, report_progress: Callable[[CardProgress], None]) -> CardProgress:
+        from nearid_personalize.lora.card import SampleJudge, report_card
         from nearid_personalize.lora.card_page import write_card
 
-        photos = [load_image(path) for path in exam.photos]
-        tell(Marks(0.0))
-        pipe = self._loaded(exam.base_model, None)
-        batch = len(exam.prompts) * CARD_SEEDS
-        total, done = (1 + len(CARD_SCALES)) * exam.steps, 0
+        photos = [load_image(path) for path in request.photos]
+        report_progress(CardProgress(0.0))
+        pipe = self._loaded(request.base_model, None)
+        batch = len(request.prompts) * CARD_SEEDS
+        total, done = (1 + len(CARD_SCALES)) * request.steps, 0
 
         def on_step(pipe: "DiffusionPipeline", index: int, step: int, values: dict) -> dict:
             nonlocal done
             done += 1
-            tell(Marks(min(done / total, 1.0)))
+            report_progress(CardProgress(min(done / total, 1.0)))
             return {}
 
         floors = chosen_floors(self.encoder, self.scorer, photos, reject_copies=True)
-        jury = Jury(self.scorer, self.scorer.enroll(photos), photos, floors, token=TOKEN)
-        guidance: dict[str, Any] = {} if exam.guidance_scale is None else {"guidance_scale": exam.guidance_scale}
+        sample_judge = SampleJudge(self.scorer, self.scorer.enroll(photos), photos, floors, token=TOKEN)
+        guidance: dict[str, Any] = {} if request.guidance_scale is None else {"guidance_scale": request.guidance_scale}
         with using_attention(denoiser_of(pipe), self.attention, self.device):
             card = report_card(
                 pipe,
-                {"this LoRA": exam.lora},
-                jury,
-                exam.name,
+                {"this LoRA": request.lora},
+                sample_judge,
+                request.name,
                 CARD_SCALES,
-                exam.prompts,
+                request.prompts,
                 CARD_SEEDS,
                 batch,
                 progress=False,
-                num_inference_steps=exam.steps,
+                num_inference_steps=request.steps,
                 callback_on_step_end=on_step,
                 **guidance,
             )
-        loras = {"this LoRA": exam.lora.name}
-        models = {"base": exam.base_model, "lora": loras, "scorer": self.encoder}
-        write_card(card, exam.output, models)
-        return Marks(1.0, card)
+        loras = {"this LoRA": request.lora.name}
+        models = {"base": request.base_model, "lora": loras, "scorer": self.encoder}
+        write_card(card, request.output, models)
+        return CardProgress(1.0, card)
 
-    def _train(self, lesson: Lesson, tell: Callable[[Progress], None]) -> Progress:
+    def _train(self, request: TrainingRequest, report_progress: Callable[[TrainingProgress], None]) -> TrainingProgress:
         from nearid_personalize.training.lora.loop import train_lora
 
-        self._known(lesson.base_model)
-        options = replace(lora_options(lesson, self.lora_steps), attention=self.attention)
+        self._known(request.base_model)
+        options = replace(lora_options(request, self.lora_steps), attention=self.attention)
         if self.device != "cpu":
             self._pipeline = None  # two base models would not fit
-        subject = self.scorer.enroll(lesson.photos)
-        told = Progress(0, options.steps)
-        tell(told)
+        subject = self.scorer.enroll(request.photos)
+        told = TrainingProgress(0, options.steps)
+        report_progress(told)
         started = time.perf_counter()
 
         def on_step(step: int, loss: float) -> None:
             nonlocal told
             left = (time.perf_counter() - started) / step * (options.steps - step)
             told = replace(told, step=step, seconds_left=left)
-            tell(told)
+            report_progress(told)
 
         def look(snapshot: "Snapshot") -> None:
             nonlocal told
             samples = draw_samples(snapshot.pipe, options.prompt)
             identity = float(self.scorer.score(samples, subject).mean())
             told = replace(told, samples=tuple(samples), curve=(*told.curve, (snapshot.step, identity)))
-            tell(told)
+            report_progress(told)
 
         folder = train_lora(options, look, on_step)
         return replace(told, lora=folder, seconds_left=0.0)
 
-    def _draw(self, order: Order, tell: Callable[[Drawing], None]) -> Drawing:
-        photos = [load_image(path) for path in order.photos]
-        subject = enrolled(self.scorer, photos, order.strictness)
-        watch = lambda glimpse: tell(Drawing(glimpse, threshold=subject.threshold))  # noqa: E731
-        watch(Glimpse(0, order.steps, {}, ()))
+    def _draw(self, request: DrawingRequest, report_progress: Callable[[DrawingProgress], None]) -> DrawingProgress:
+        photos = [load_image(path) for path in request.photos]
+        subject = enrolled(self.scorer, photos, request.strictness)
+
+        def watch(progress: RaceProgress) -> None:
+            report_progress(DrawingProgress(progress, threshold=subject.threshold))
+
+        watch(RaceProgress(0, request.steps, {}, ()))
         started = time.perf_counter()
-        result = self._guarded(order, subject, photos, watch)
+        result = self._guarded(request, subject, photos, watch)
         seconds = {"total": time.perf_counter() - started}
-        models = {"base": order.base_model, "lora": order.lora.name if order.lora else None, "scorer": self.encoder}
+        models = {
+            "base": request.base_model,
+            "lora": request.lora.name if request.lora else None,
+            "scorer": self.encoder,
+        }
         for place, photo in enumerate(photos):
-            save_image(photo, order.output / f"reference-{place}.png")
-        report = write_generation(result, photos, models, seconds, order.output)
-        archive = zipped(order.output)
-        return Drawing(None, Outcome(order, result, subject, report, archive), subject.threshold)
+            save_image(photo, request.output / f"reference-{place}.png")
+        report = write_generation(result, photos, models, seconds, request.output)
+        archive = zipped(request.output)
+        return DrawingProgress(None, DrawingResult(request, result, subject, report, archive), subject.threshold)
 
     def _guarded(
-        self, order: Order, subject: Subject, photos: Sequence[Image.Image], watch: Callable[[Glimpse], None]
+        self,
+        request: DrawingRequest,
+        subject: Subject,
+        photos: Sequence[Image.Image],
+        watch: Callable[[RaceProgress], None],
     ) -> GuardResult:
-        pipe = self._loaded(order.base_model, order.lora)
+        pipe = self._loaded(request.base_model, request.lora)
         guard = IdentityGuard(
             pipe,
             self.scorer,
             subject,
-            policy=DEFAULT_POLICY if order.race else None,
-            floors=chosen_floors(self.encoder, self.scorer, photos, reject_copies=order.reject_copies),
-            duplicate_limit=COPY_LIMIT if order.reject_copies else None,
+            policy=DEFAULT_POLICY if request.race else None,
+            floors=chosen_floors(self.encoder, self.scorer, photos, reject_copies=request.reject_copies),
+            duplicate_limit=COPY_LIMIT if request.reject_copies else None,
         )
-        guidance: dict[str, Any] = {} if order.guidance_scale is None else {"guidance_scale": order.guidance_scale}
+        guidance: dict[str, Any] = {} if request.guidance_scale is None else {"guidance_scale": request.guidance_scale}
         with using_attention(denoiser_of(pipe), self.attention, self.device):
             return guard(
-                order.prompt,
-                num_images=order.num_images,
-                num_candidates=order.num_candidates,
-                seed=order.seed,
-                budget=None if order.spend == "save" else float(order.num_candidates),
-                until_accepted=order.spend == "enough",
+                request.prompt,
+                num_images=request.num_images,
+                num_candidates=request.num_candidates,
+                seed=request.seed,
+                budget=None if request.spend == "save" else float(request.num_candidates),
+                until_accepted=request.spend == "enough",
                 watch=watch,
-                num_inference_steps=order.steps,
+                num_inference_steps=request.steps,
                 **guidance,
             )
 
@@ -359,16 +370,18 @@ class Studio:
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def lora_options(lesson: Lesson, usual_steps: int | None = None) -> "LoraOptions":
-    """The recipe for a lesson: the quickstart's for the mini-world, else the trainer's defaults."""
+def lora_options(request: TrainingRequest, usual_steps: int | None = None) -> "LoraOptions":
+    """The options of a training: the quickstart's for the mini-world, else the trainer's defaults."""
     from nearid_personalize.training.lora.loop import LoraOptions
 
-    steps = lesson.steps or usual_steps
-    if lesson.base_model == "miniworld":
-        options = quickstart_lora(lesson.photos, lesson.output, lesson.word, steps, lesson.seed)
+    steps = request.steps or usual_steps
+    if request.base_model == "miniworld":
+        options = quickstart_lora(request.photos, request.output, request.word, steps, request.seed)
     else:
-        prompt = f"a photo of {TOKEN} {lesson.word}"
-        options = LoraOptions(lesson.base_model, lesson.photos, lesson.output, prompt, batch_size=1, seed=lesson.seed)
+        prompt = f"a photo of {TOKEN} {request.word}"
+        options = LoraOptions(
+            request.base_model, request.photos, request.output, prompt, batch_size=1, seed=request.seed
+        )
         options = replace(options, steps=steps or options.steps, gradient_checkpointing="on")
     return replace(options, validate_every=max(1, options.steps // LOOKS_WHILE_TRAINING))
 

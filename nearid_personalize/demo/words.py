@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from math import isnan
 
-from nearid_personalize.demo.studio import Comparison, Outcome, Progress
-from nearid_personalize.guard.result import Candidate, Cost, Glimpse
+from nearid_personalize.demo.studio import Comparison, DrawingResult, TrainingProgress
+from nearid_personalize.guard.result import Candidate, Cost, RaceProgress
 from nearid_personalize.photos import PhotoCheck
 from nearid_personalize.verification import Verification
 
@@ -77,14 +77,14 @@ def photo_summary(check: PhotoCheck, refused: Sequence[str] = ()) -> str:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def training_progress(progress: Progress) -> str:
+def training_progress(progress: TrainingProgress) -> str:
     """The bar, the time left, and the identity curve as a drawing."""
     left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
     text = "Getting ready…" if progress.step == 0 else f"Step {progress.step} of {progress.steps}{left}"
     return bar(progress.step / progress.steps, text) + identity_curve(progress)
 
 
-def identity_curve(progress: Progress) -> str:
+def identity_curve(progress: TrainingProgress) -> str:
     """An SVG of likeness over steps: nothing before the first look."""
     if not progress.curve:
         return ""
@@ -105,16 +105,16 @@ def identity_curve(progress: Progress) -> str:
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-def drawing_progress(glimpse: Glimpse, num_candidates: int) -> str:
+def drawing_progress(progress: RaceProgress, num_candidates: int) -> str:
     """The bar of a race: what is finished, stopped, and under way."""
-    counts = Counter(candidate.status for candidate in glimpse.candidates)
-    over = len(glimpse.candidates)
-    share = (over + len(glimpse.looks) * glimpse.step / glimpse.num_steps) / max(num_candidates, over, 1)
+    counts = Counter(candidate.status for candidate in progress.candidates)
+    over = len(progress.candidates)
+    share = (over + len(progress.looks) * progress.step / progress.num_steps) / max(num_candidates, over, 1)
     told = [f"{counts['accepted']} accepted", f"{counts['rejected'] + counts['duplicate']} rejected"]
     told += [f"{counts['stopped']} stopped early"]
-    if glimpse.looks:
-        told.append(f"{len(glimpse.looks)} being drawn, step {glimpse.step} of {glimpse.num_steps}")
-    return bar(min(share, 1.0), ", ".join(told) if over or glimpse.step else "Getting ready…")
+    if progress.looks:
+        told.append(f"{len(progress.looks)} being drawn, step {progress.step} of {progress.num_steps}")
+    return bar(min(share, 1.0), ", ".join(told) if over or progress.step else "Getting ready…")
 
 
 def reason(candidate: Candidate, threshold: float) -> str:
@@ -132,7 +132,7 @@ def candidate_caption(candidate: Candidate, threshold: float, rank: int | None =
     return f"{number}{score(candidate.score)} {reason(candidate, threshold) or 'accepted'}"
 
 
-def headline(outcome: Outcome, word: str) -> str:
+def headline(outcome: DrawingResult, word: str) -> str:
     """How many of the candidates are the subject, in a sentence."""
     counts = Counter(candidate.status for candidate in outcome.result.candidates)
     total, yours = len(outcome.result.candidates), counts["accepted"]
@@ -158,9 +158,9 @@ def saving(cost: Cost, num_candidates: int) -> str:
     )
 
 
-def details(candidate: Candidate, outcome: Outcome, nearest: int, rank: int) -> str:
+def details(candidate: Candidate, outcome: DrawingResult, nearest: int, rank: int) -> str:
     """Everything about one candidate: what became of it in words, the numbers on demand."""
-    order = outcome.order
+    request = outcome.request
     asked = outcome.result.threshold
     too_little = f"its likeness is {score(candidate.score)}, accepted from {score(asked)} on"
     why = {
@@ -174,10 +174,10 @@ def details(candidate: Candidate, outcome: Outcome, nearest: int, rank: int) -> 
         "On the way": ", ".join(f"{score(value)} at {part:.0%}" for part, value in candidate.previews.items()),
         "Rank": f"{rank} of {len(outcome.result.candidates)}",
         "Seed": str(candidate.seed),
-        "Prompt": order.prompt,
-        "Model": f"{order.base_model}, LoRA {'yes' if order.lora else 'none'}",
-        "Steps": str(order.steps),
-        "Guidance": "the model's own" if order.guidance_scale is None else f"{order.guidance_scale:g}",
+        "Prompt": request.prompt,
+        "Model": f"{request.base_model}, LoRA {'yes' if request.lora else 'none'}",
+        "Steps": str(request.steps),
+        "Guidance": "the model's own" if request.guidance_scale is None else f"{request.guidance_scale:g}",
     }
     mood = "good" if candidate.status == "accepted" else "doubt"
     return note(f"{why} Most like photo {nearest + 1}.", mood) + on_demand("Seed, settings and numbers", numbers)
@@ -189,7 +189,7 @@ def on_demand(title: str, numbers: Mapping[str, str]) -> str:
     return f"<details><summary>{escape(title)}</summary><dl>{rows}</dl></details>"
 
 
-def summary(outcome: Outcome) -> str:
+def summary(outcome: DrawingResult) -> str:
     """The compute that was saved, and on demand what it cost and what accepting means."""
     cost = outcome.result.cost
     numbers = {

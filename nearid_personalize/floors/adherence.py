@@ -18,6 +18,7 @@ from nearid_personalize.encoder.preprocessing import Preprocessing
 from nearid_personalize.encoder.trunks import default_preprocessing
 from nearid_personalize.errors import InputError
 from nearid_personalize.floors.base import _short
+from nearid_personalize.names import packaged
 
 # --- prompt adherence ------------------------------------------------------------------------------------------------
 _TEXT_IMAGE_CLASSES = {"siglip": "SiglipModel", "clip": "CLIPModel"}
@@ -40,10 +41,7 @@ class TextImageEncoder:
 
         Raises InputError when it cannot be found or read, is of another kind, or lacks its tokenizer.
         """
-        if str(name_or_folder) == "miniworld":
-            from nearid_personalize.miniworld import weights_dir  # the toy world's code is not needed otherwise
-
-            name_or_folder = weights_dir("siglip")
+        name_or_folder = packaged(name_or_folder, "siglip")
         folder = checkpoint_folder(name_or_folder)
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -25,6 +25,7 @@ from nearid_personalize.encoder.model import NearIDModel
 from nearid_personalize.encoder.preprocessing import Preprocessing
 from nearid_personalize.errors import InputError
 from nearid_personalize.files import write_atomically
+from nearid_personalize.names import packaged
 
 if TYPE_CHECKING:
     from nearid_personalize.scorer.scorer import IdentityScorer
@@ -175,11 +176,7 @@ def find_quality_floor(name_or_folder: str | Path, scorer: "IdentityScorer | Non
 
 
 def _quality_folder(name_or_folder: str | Path) -> Path:
-    if str(name_or_folder) == "miniworld":
-        from nearid_personalize.miniworld import weights_dir  # the toy world's code is not needed otherwise
-
-        return weights_dir("nearid")
-    return checkpoint_folder(name_or_folder)
+    return checkpoint_folder(packaged(name_or_folder, "nearid"))
 
 
 def _read_quality(path: Path) -> tuple[QualityProbe, QualityRates, Tensor]:

@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from nearid_personalize.guard.replays import replay as replay
     from nearid_personalize.guard.result import Candidate as Candidate
     from nearid_personalize.guard.result import Cost as Cost
-    from nearid_personalize.guard.result import Glimpse as Glimpse
     from nearid_personalize.guard.result import GuardResult as GuardResult
     from nearid_personalize.guard.result import GuardResults as GuardResults
+    from nearid_personalize.guard.result import RaceProgress as RaceProgress
     from nearid_personalize.guard.result import Status as Status
 
 _HOME_OF = {
     "Candidate": "result",
     "Cost": "result",
     "FixedSchedule": "policy",
-    "Glimpse": "result",
+    "RaceProgress": "result",
     "GuardResult": "result",
     "GuardResults": "result",
     "IdentityGuard": "guard",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nearid_personalize.scorer.scorer import IdentityScorer
     from nearid_personalize.scorer.subject import Subject
 from nearid_personalize.guard.policy import STEP_FRACTIONS
-from nearid_personalize.guard.result import BLACKENED, Candidate, Cost, Glimpse, GuardResult, Watch, _joined
+from nearid_personalize.guard.result import BLACKENED, Candidate, Cost, GuardResult, RaceProgress, Watch, _joined
 
 
 @dataclass
@@ -109,7 +109,7 @@ class _Race:
         self.denoiser_rows += batch.denoiser_rows
         self.spent += len(batch.rows) + sum(batch.stopped_at.values()) / looks.num_steps
         if self.watch is not None:
-            self.watch(Glimpse(looks.num_steps, looks.num_steps, {}, self.judged()))
+            self.watch(RaceProgress(looks.num_steps, looks.num_steps, {}, self.judged()))
 
     def _shows_previews(self, policy: StoppingPolicy, num_started: int) -> bool:
         """Whether previews of a batch are worth decoding; someone who watches sees them in any case."""
@@ -238,11 +238,11 @@ class _Looks:
                 )
         return [row for row in moment.rows if goes_on[row]]
 
-    def _glimpse(self, moment: Moment) -> Glimpse:
+    def _glimpse(self, moment: Moment) -> RaceProgress:
         going = [self.seeds[row] for row in moment.rows if self.seeds[row] not in self.stopped]
         last = {seed: [math.nan, *self.previews[seed].values()][-1] for seed in going}
         looks = {seed: (self.pictures.get(seed), last[seed]) for seed in going}
-        return Glimpse(moment.step, moment.num_steps, looks, tuple((self.race.candidates | self.stopped).values()))
+        return RaceProgress(moment.step, moment.num_steps, looks, tuple((self.race.candidates | self.stopped).values()))
 
 
 def preview_scores(scorer: IdentityScorer, subject: Subject, pixels: Tensor) -> Tensor:

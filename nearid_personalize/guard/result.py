@@ -90,7 +90,7 @@ class GuardResult:
 
 
 @dataclass(frozen=True)
-class Glimpse:
+class RaceProgress:
     """A race while it runs, as `watch` sees it.
 
     step, num_steps: finished denoising steps of the batch under way, of how many. looks: by seed, how those still in it
@@ -103,7 +103,7 @@ class Glimpse:
     candidates: tuple[Candidate, ...]
 
 
-Watch = Callable[[Glimpse], None]
+Watch = Callable[[RaceProgress], None]
 """Told after every denoising step; what it raises breaks the call off and leaves the pipeline as it was found."""
 
 

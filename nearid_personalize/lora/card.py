@@ -206,7 +206,7 @@ class ReportCard:
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
-class Jury:
+class SampleJudge:
     """All that judges pictures. token: the LoRA's rare word, which a text-image model does not know."""
 
     scorer: "IdentityScorer"
@@ -236,7 +236,7 @@ class Jury:
 def report_card(
     pipe: "DiffusionPipeline",
     loras: Mapping[str, Path],
-    jury: Jury,
+    sample_judge: SampleJudge,
     subject_name: str,
     scales: Sequence[float] = (0.6, 0.8, 1.0, 1.2),
     prompts: Sequence[str] = (),
@@ -260,20 +260,20 @@ def report_card(
         check_lora_file(file, pipe)
     prompts = tuple(prompts) or default_prompts(subject_name, living=True)
     seeds = tuple(range(num_seeds))
-    grid = _Grid(pipe, jury, prompts, seeds, max_batch_size, pipeline_kwargs)
+    grid = _Grid(pipe, sample_judge, prompts, seeds, max_batch_size, pipeline_kwargs)
     with tqdm(total=(1 + len(loras) * len(scales)), desc="draw", unit="sheet", disable=not progress) as bar:
         base = grid.cell(WITHOUT, 0.0, bar)
         cells = [cell for name, file in loras.items() for cell in grid.cells(name, file, scales, bar)]
-    own = jury.subject.reference_scores.tolist()
+    own = sample_judge.subject.reference_scores.tolist()
     return ReportCard(
         subject_name=subject_name,
         cells=tuple(cells),
         base=base,
         prompts=prompts,
         seeds=seeds,
-        threshold=jury.subject.threshold,
-        threshold_note=str(jury.subject.origin),
-        references=tuple(thumbnail(image) for image in jury.references),
+        threshold=sample_judge.subject.threshold,
+        threshold_note=str(sample_judge.subject.origin),
+        references=tuple(thumbnail(image) for image in sample_judge.references),
         reference_scores=tuple(finite_or_none(score) for score in own),
     )
 
@@ -283,7 +283,7 @@ class _Grid:
     """What is drawn alike for every checkpoint and scale."""
 
     pipe: "DiffusionPipeline"
-    jury: Jury
+    sample_judge: SampleJudge
     prompts: Sequence[str]
     seeds: Sequence[int]
     max_batch_size: int
@@ -308,7 +308,7 @@ class _Grid:
         """Draw and judge one grid with the pipeline as it is."""
         bar.set_postfix_str(f"{checkpoint} at {scale:g}" if scale else checkpoint)
         images = draw_samples(self.pipe, self.prompts, self.seeds, self.max_batch_size, **self.pipeline_kwargs)
-        scores, reasons = self.jury.judge(images, self.prompts)
+        scores, reasons = self.sample_judge.judge(images, self.prompts)
         shots = tuple(
             Shot(
                 prompt,

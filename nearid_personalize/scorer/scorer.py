@@ -22,6 +22,7 @@ from nearid_personalize.encoder.model import NearIDModel
 from nearid_personalize.encoder.preprocessing import Preprocessing
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import ImageSource, Resample, check_pixel_range, iterate_sources, load_image, to_square
+from nearid_personalize.names import packaged
 from nearid_personalize.scorer.calibration import (
     DEFAULT_FALSE_ACCEPT_RATE,
     Aggregation,
@@ -98,11 +99,7 @@ class IdentityScorer:
 
         Raises InputError when the checkpoint cannot be found or read.
         """
-        if str(name_or_folder) == "miniworld":
-            from nearid_personalize.miniworld import weights_dir  # the toy world's code is not needed otherwise
-
-            name_or_folder = weights_dir("nearid")
-        model, preprocessing, folder = load_encoder(name_or_folder, dtype, trunk)
+        model, preprocessing, folder = load_encoder(packaged(name_or_folder, "nearid"), dtype, trunk)
         return cls(
             model,
             preprocessing.size,

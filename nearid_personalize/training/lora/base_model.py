@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from nearid_personalize.errors import InputError
 from nearid_personalize.hub import HUB_ERRORS, download_fault, split_revision
 from nearid_personalize.loading import check_denoiser_precision
+from nearid_personalize.names import packaged
 from nearid_personalize.training.lora.families import Family, family_class
 from nearid_personalize.training.lora.options import RATES, LoraOptions, require
 
@@ -54,11 +55,7 @@ def load_base_model(options: LoraOptions, dtype: torch.dtype) -> Family:
 
 def base_model_source(options: LoraOptions) -> tuple[str, str | None]:
     """The base model's folder, file or Hub id, and its revision; "miniworld" names the packaged one."""
-    if options.base_model == "miniworld":
-        from nearid_personalize.miniworld import weights_dir
-
-        return str(weights_dir("pipeline")), None
-    source, revision = split_revision(options.base_model)
+    source, revision = split_revision(packaged(options.base_model, "pipeline"))
     asked = options.source.revision
     if revision and asked and revision != asked:
         raise InputError(f"--revision {asked}: --base-model {options.base_model} names another; give one of them")

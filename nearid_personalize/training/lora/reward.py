@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nearid_personalize.errors import InputError
+from nearid_personalize.names import packaged
 from nearid_personalize.rewards import identity_reward, require_other_head
 from nearid_personalize.scorer.scorer import IdentityScorer
 from nearid_personalize.scorer.subject import Subject
@@ -56,11 +57,10 @@ def enroll_reward(
 
 def load_reward_model(name: str, device: torch.device | str = "cpu") -> IdentityScorer:
     """The scorer that rewards; "miniworld" is the toy world's second head, which no validation there uses."""
-    if name != "miniworld":
+    trunk = packaged(name, "siglip")
+    if trunk == name:
         return IdentityScorer.from_pretrained(name, device)
-    from nearid_personalize.miniworld import weights_dir  # the toy world's code is not needed otherwise
-
-    return IdentityScorer.from_pretrained(weights_dir("nearid-reward"), device, trunk=weights_dir("siglip"))
+    return IdentityScorer.from_pretrained(packaged(name, "nearid-reward"), device, trunk=trunk)
 
 
 class IdentityTerm:

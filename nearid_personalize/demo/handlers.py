@@ -16,20 +16,20 @@ from nearid_personalize.demo import pictures, words
 from nearid_personalize.demo.jobs import Job
 from nearid_personalize.demo.studio import (
     TOKEN,
-    Drawing,
-    Exam,
-    Lesson,
-    Order,
-    Outcome,
-    Progress,
+    CardRequest,
+    DrawingProgress,
+    DrawingRequest,
+    DrawingResult,
     Studio,
+    TrainingProgress,
+    TrainingRequest,
     whole_prompt,
     zipped,
 )
 from nearid_personalize.demo.visitors import Visitor, Visitors
 from nearid_personalize.errors import InputError
 from nearid_personalize.files import safe_name
-from nearid_personalize.guard.result import Candidate, Glimpse
+from nearid_personalize.guard.result import Candidate, RaceProgress
 from nearid_personalize.images import load_image
 from nearid_personalize.miniworld import CATEGORIES, example_references
 from nearid_personalize.photos import PhotoCheck
@@ -56,7 +56,7 @@ class Visit:
     selected: int | None = None
     lora: Path | None = None
     uploaded: Path | None = None
-    outcome: Outcome | None = None
+    outcome: DrawingResult | None = None
     job: Job | None = None
     shown: tuple[tuple[Candidate, ...], tuple[Candidate, ...]] = ((), ())
 
@@ -106,7 +106,7 @@ def sentence(error: Exception) -> str:
     return "Something went wrong here; it has been logged. Please try again."
 
 
-class Desk:
+class Handlers:
     """The handlers. lora: what every visit begins with. card_places: where a report card's pictures are set."""
 
     def __init__(
@@ -171,9 +171,11 @@ class Desk:
     def train(self, visit: Visit, base_model: str, word: str, steps: float) -> Iterator[Shown]:
         """Train a LoRA."""
         visitor = need_photos(visit.visitor)
-        lesson = Lesson(base_model, photo_folder(visitor), checked_word(word), visitor.new_folder("lora"), int(steps))
+        request = TrainingRequest(
+            base_model, photo_folder(visitor), checked_word(word), visitor.new_folder("lora"), int(steps)
+        )
         visit.lora = visit.uploaded = None
-        job = visit.job = self.studio.training(lesson)
+        job = visit.job = self.studio.training(request)
         yield {
             "train": HIDDEN,
             "cancel": VISIBLE,
@@ -235,7 +237,7 @@ class Desk:
     ) -> Iterator[Shown]:
         """Draw pictures, which come as they are finished."""
         visitor = need_photos(visit.visitor)
-        order = Order(
+        request = DrawingRequest(
             base_model=base_model,
             photos=tuple(visitor.photos),
             prompt=whole_prompt(checked_prompt(text), checked_word(word)),
@@ -252,13 +254,13 @@ class Desk:
             reject_copies=not copies,
         )
         visit.outcome, visit.shown = None, ((), ())
-        job = visit.job = self.studio.drawing(order)
+        job = visit.job = self.studio.drawing(request)
         blank = dict.fromkeys(("headline", "accepted", "others", "details", "saving", "without"), "")
         busy = {"draw": HIDDEN, "stop": VISIBLE, "results": VISIBLE, "take_home": HIDDEN}
         yield {**blank, **busy, "draw_progress": words.bar(0, "…"), "accepted_title": HIDDEN, "others_title": HIDDEN}
         try:
             with visitor.at_work():
-                yield from self._streamed(visit, job, order)
+                yield from self._streamed(visit, job, request)
         except Exception:
             yield {"draw": VISIBLE, "stop": HIDDEN, "draw_progress": ""}
             raise
@@ -266,7 +268,7 @@ class Desk:
         told = finished(visit.outcome, word) if visit.outcome else {"headline": words.note("Stopped.", "plain")}
         yield {**ended, **told}
 
-    def _streamed(self, visit: Visit, job: Job[Drawing], order: Order) -> Iterator[Shown]:
+    def _streamed(self, visit: Visit, job: Job[DrawingProgress], request: DrawingRequest) -> Iterator[Shown]:
         before: object = None
         for news in job.news():
             if news is None:
@@ -276,10 +278,10 @@ class Desk:
                 result = news.outcome.result
                 others = tuple(c for c in result.ranked if c.status != "accepted")
                 visit.outcome, visit.shown = news.outcome, (result.accepted, others)
-            elif (glimpse := news.glimpse) is not None:
-                answer = {"draw_progress": words.drawing_progress(glimpse, order.num_candidates)}
-                state = len(glimpse.candidates), [repr(score) for _, score in glimpse.looks.values()]
-                yield answer | (so_far(glimpse, news.threshold) if state != before else {})
+            elif (progress := news.progress) is not None:
+                answer = {"draw_progress": words.drawing_progress(progress, request.num_candidates)}
+                state = len(progress.candidates), [repr(score) for _, score in progress.looks.values()]
+                yield answer | (so_far(progress, news.threshold) if state != before else {})
                 before = state
 
     def open_accepted(self, visit: Visit, event: gr.EventData) -> Shown:
@@ -298,7 +300,7 @@ class Desk:
         picture = pictures.picture_of(candidate)
         if picture is None:
             raise InputError("this one was given up before there was anything to see")
-        photos = [load_image(path) for path in visit.outcome.order.photos]
+        photos = [load_image(path) for path in visit.outcome.request.photos]
         drift = self.studio.drift(picture, photos)
         threshold = visit.outcome.result.threshold
         rank = 1 + index + which * len(visit.shown[0])
@@ -313,13 +315,13 @@ class Desk:
         """What the first seed alone would have given, beside the guard's best."""
         if (outcome := visit.outcome) is None:
             raise InputError("make pictures first")
-        first = next(c for c in outcome.result.candidates if c.seed == outcome.order.seed)
+        first = next(c for c in outcome.result.candidates if c.seed == outcome.request.seed)
         if first.image is None:
-            yield {"without": words.note("Drawing the first candidate to its end…")}
+            yield {"without": words.note("DrawingProgress the first candidate to its end…")}
             output = visit.visitor.new_folder("plain")
-            order = replace(outcome.order, num_images=1, num_candidates=1, race=False, spend="save", output=output)
+            request = replace(outcome.request, num_images=1, num_candidates=1, race=False, spend="save", output=output)
             with visit.visitor.at_work():
-                for news in self.studio.drawing(order).news():
+                for news in self.studio.drawing(request).news():
                     if news is not None and news.outcome is not None:
                         first = news.outcome.result.candidates[0]
                     yield {}
@@ -333,7 +335,7 @@ class Desk:
         visitor = need_photos(visit.visitor)
         if visit.lora_in_use is None:
             raise InputError("there is no LoRA yet: let a model learn your pet, or bring a LoRA, on the first tab")
-        exam = Exam(
+        request = CardRequest(
             base_model=base_model,
             photos=tuple(visitor.photos),
             lora=find_lora_file(visit.lora_in_use),
@@ -343,7 +345,7 @@ class Desk:
             steps=int(steps),
             guidance_scale=guidance or None,
         )
-        job = visit.job = self.studio.examination(exam)
+        job = visit.job = self.studio.card(request)
         card, ended = None, {"examine": VISIBLE, "cancel_card": HIDDEN, "card_progress": ""}
         yield {"examine": HIDDEN, "cancel_card": VISIBLE, "card": "", "card_file": HIDDEN, "card_progress": ""}
         try:
@@ -353,16 +355,16 @@ class Desk:
                         yield waiting(job, "card_progress")
                     else:
                         card = news.card
-                        yield {"card_progress": words.bar(news.share, f"Drawing and judging: {news.share:.0%}")}
+                        yield {"card_progress": words.bar(news.share, f"DrawingProgress and judging: {news.share:.0%}")}
         except Exception:
             yield ended
             raise
         if card is None:
             yield {**ended, "card": words.note("Cancelled.")}
             return
-        page = (exam.output / "report_card.html").read_text(encoding="utf-8")
+        page = (request.output / "report_card.html").read_text(encoding="utf-8")
         told = words.note(escape(verdict(card)), "good" if card.best.num_accepted else "doubt")
-        file = {"value": str(zipped(exam.output)), "visible": True}
+        file = {"value": str(zipped(request.output)), "visible": True}
         yield {**ended, "card": told + pictures.enclosed(page, "The report card"), "card_file": file}
 
     def cancel(self, visit: Visit) -> Shown:
@@ -395,11 +397,11 @@ class Desk:
 # --- what widgets are told -------------------------------------------------------------------------------------------
 
 
-def so_far(glimpse: Glimpse, threshold: float) -> Shown:
+def so_far(progress: RaceProgress, threshold: float) -> Shown:
     """The pictures of a race under way: the accepted above, below those being drawn and those that are out."""
-    accepted = sorted((c for c in glimpse.candidates if c.status == "accepted"), key=lambda c: -c.score)
-    others = [c for c in glimpse.candidates if c.status != "accepted"]
-    below = [*pictures.tiles_under_way(glimpse), *pictures.candidate_tiles(others, threshold)]
+    accepted = sorted((c for c in progress.candidates if c.status == "accepted"), key=lambda c: -c.score)
+    others = [c for c in progress.candidates if c.status != "accepted"]
+    below = [*pictures.tiles_under_way(progress), *pictures.candidate_tiles(others, threshold)]
     return {
         "accepted": pictures.tiles(pictures.candidate_tiles(accepted, threshold)),
         "others": pictures.tiles(below),
@@ -408,7 +410,7 @@ def so_far(glimpse: Glimpse, threshold: float) -> Shown:
     }
 
 
-def finished(outcome: Outcome, word: str) -> Shown:
+def finished(outcome: DrawingResult, word: str) -> Shown:
     """The pictures of a race that is over, and what to take home."""
     accepted, threshold = outcome.result.accepted, outcome.result.threshold
     others = [c for c in outcome.result.ranked if c.status != "accepted"]
@@ -443,7 +445,7 @@ def waiting(job: Job, widget: str) -> Shown:
     return {widget: words.bar(0, f"{job.ahead} before you on this machine; yours begins by itself")}
 
 
-def sample_tiles(news: Progress) -> list[pictures.Tile]:
+def sample_tiles(news: TrainingProgress) -> list[pictures.Tile]:
     """The pictures of the latest look at a training."""
     return [pictures.Tile(sample, f"after {news.curve[-1][0]} steps") for sample in news.samples]
 
