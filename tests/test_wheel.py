@@ -1,6 +1,7 @@
 """Whoever has only the wheel can do everything: installed outside the checkout, every command answers and works."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -19,8 +20,13 @@ ROOT = Path(__file__).parent.parent
 def installed(tmp_path_factory):
     """An environment with the wheel, and this environment's packages behind it."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
-    subprocess.run([*build, str(folder), str(ROOT)], check=True, cwd=folder)
+    # Built from a copy: setuptools leaves its build folder, and takes what an earlier one left there
+    source = folder / "source"
+    shutil.copytree(ROOT / "nearid_personalize", source / "nearid_personalize")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
+    subprocess.run([*build, str(folder), str(source)], check=True, cwd=folder)
     (wheel,) = folder.glob("*.whl")
     venv.create(folder / "env", with_pip=False)
     python = folder / "env" / "bin" / "python"
