@@ -1,6 +1,7 @@
 """The page without a browser: folders, the line for the device, the studio, and the endpoints."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from test_uploads import BAD_LORAS, BAD_PICTURES, pair
 
@@ -21,7 +23,7 @@ from nearid_personalize.demo.api import PHOTO_FILES, checked_places
 from nearid_personalize.demo.handlers import Handlers
 from nearid_personalize.demo.jobs import Cancelled, Device, Job
 from nearid_personalize.demo.server import credentials, serve
-from nearid_personalize.demo.studio import CARD_SCALES, CardRequest, Studio, TrainingRequest
+from nearid_personalize.demo.studio import CARD_SCALES, CardRequest, Studio, TrainingRequest, lora_options
 from nearid_personalize.demo.visitors import Visitors
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import IMAGE_SUFFIXES
@@ -495,3 +497,12 @@ def test_files_of_the_machine_cannot_be_read(server):
 
     for path in ("/etc/passwd", str(Path(__file__).resolve()), str(server.root)):
         assert httpx.get(f"{server.url}gradio_api/file={path}").status_code in (403, 404)
+
+
+def test_lora_is_trained_in_the_precision_that_pictures_are_drawn_in(tmp_path):
+    request = TrainingRequest(base_model="a/model", photos=tmp_path, word="dog", output=tmp_path)
+    whole, half = lora_options(request), lora_options(request, dtype=torch.bfloat16)
+    assert (whole.precision, whole.base_precision) == ("auto", "auto")
+    assert (half.precision, half.base_precision) == ("bf16", "same")
+    toy = lora_options(dataclasses.replace(request, base_model="miniworld"), dtype=torch.float16)
+    assert (toy.precision, toy.base_precision) == ("fp16", "same")

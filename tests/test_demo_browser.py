@@ -1,15 +1,19 @@
 """The whole journey in a headless browser, on the mini-world; screenshots go to screenshots/, to be looked at."""
 
 import json
+import math
 import re
 import shutil
 import socket
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+import tiny_pipelines
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from test_uploads import BAD_LORAS, BAD_PICTURES, pair
 
 from nearid_personalize.commands.options import Demo
@@ -27,12 +31,28 @@ PATIENCE = 180_000  # milliseconds, for a machine that is busy with other things
 expect.set_options(timeout=PATIENCE)
 
 
-@pytest.fixture(scope="module")
-def server():
+def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    opened = serve(Demo(port=port, lora_steps=8, steps=8, max_photos=8, max_upload_mb=5), block=False)
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server():
+    opened = serve(Demo(port=free_port(), lora_steps=8, steps=8, max_photos=8, max_upload_mb=5), block=False)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module", params=["sdxl", "flux"])
+def real_family_server(request, tmp_path_factory):
+    """The page on a base model of that family in bfloat16, as it is on an accelerator."""
+    base = tmp_path_factory.mktemp("base") / request.param
+    tiny_pipelines.build(request.param)[0].save_pretrained(base)
+    options = Demo(
+        port=free_port(), base_model=(str(base),), model="miniworld", dtype="bfloat16", lora_steps=1, steps=2
+    )
+    opened = serve(options, block=False)
     yield opened
     opened.close()
 
@@ -45,22 +65,33 @@ def browser():
         opened.close()
 
 
-@pytest.fixture(params=[(1280, 900, "light"), (375, 800, "dark")], ids=["desktop", "phone"])
-def page(request, browser, server):
+@contextmanager
+def opened_page(browser: Browser, url: str, width: int, height: int, scheme: str) -> Iterator[Page]:
     """An open page; at the end, it must not have complained, nor asked any other host for anything."""
-    width, height, scheme = request.param
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     opened = context.new_page()
     opened.set_default_timeout(PATIENCE)
     complaints, strangers = [], []
     opened.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     opened.on("pageerror", lambda error: complaints.append(str(error)))
-    opened.on("request", lambda asked: strangers.append(asked.url) if is_foreign(asked.url, server.url) else None)
-    opened.goto(server.url)
+    opened.on("request", lambda asked: strangers.append(asked.url) if is_foreign(asked.url, url) else None)
+    opened.goto(url)
     expect(opened.locator("#pets .tile")).to_have_count(10)
     yield opened
     context.close()
     assert strangers == [] and complaints == []
+
+
+@pytest.fixture(params=[(1280, 900, "light"), (375, 800, "dark")], ids=["desktop", "phone"])
+def page(request, browser, server):
+    with opened_page(browser, server.url, *request.param) as opened:
+        yield opened
+
+
+@pytest.fixture
+def real_family_page(browser, real_family_server):
+    with opened_page(browser, real_family_server.url, 1280, 900, "light") as opened:
+        yield opened
 
 
 def is_foreign(url: str, home: str) -> bool:
@@ -125,6 +156,37 @@ def test_from_a_sample_pet_to_the_zip(page, tmp_path):
     page.click("#forget")
     expect(page.locator("#photos .tile")).to_have_count(0)
     expect(page.locator("#photo-note")).to_contain_text("are deleted")
+
+
+def test_the_same_journey_with_sdxl_and_flux_in_bfloat16(real_family_page, tmp_path):
+    """With the defaults of a real family: nothing that the toy world brings along, an untrained token, its own size."""
+    page, paths = real_family_page, [tmp_path / f"{number}.png" for number in range(4)]
+    for photo, path in zip(example_references(1, category="cat")[0], paths):
+        photo.save(path)
+    page.set_input_files("#drop input[type=file]", paths)
+    expect(page.locator("#photos .tile")).to_have_count(4)
+    page.click("#train")
+    expect(page.locator("#train-note")).to_contain_text("Learnt")
+    expect(page.locator("#samples img").first).to_be_visible()
+
+    page.locator("#candidates input[type=number]").fill("4")
+    page.locator("#candidates input[type=number]").press("Enter")
+    page.click("#draw")
+    expect(page.locator("#headline")).to_contain_text("of 4 pictures")
+    page.locator("#others .tile").first.click()
+    expect(page.locator("#details figure")).to_have_count(3)
+    with page.expect_download() as caught:
+        page.click("#download")
+    caught.value.save_as(tmp_path / "got.zip")
+    with zipfile.ZipFile(tmp_path / "got.zip") as content:
+        (report,) = (name for name in content.namelist() if name.endswith("report.json"))
+        candidates = json.loads(content.read(report))["candidates"]
+    assert len(candidates) == 4 and all(math.isfinite(candidate["score"]) for candidate in candidates)
+
+    page.get_by_role("tab", name="Report card").click()
+    page.click("#examine")
+    expect(page.locator("#card")).to_contain_text("pictures at")
+    expect(page.frame_locator("#card iframe").locator("img").first).to_be_visible()
 
 
 def test_bad_photos_and_odd_ones(page, tmp_path):

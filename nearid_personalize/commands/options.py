@@ -291,6 +291,8 @@ class Demo:
     """Where everything runs."""
     attention: Attention = "auto"
     """What computes the pipeline's attention. auto: its own. xformers and flash need a CUDA GPU and their package."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Base models' weights, for drawing and for training. auto: float32 on the CPU, else bfloat16."""
     auth: str | None = None
     """user:password that visitors must give; better in the environment, as NEARID_DEMO_AUTH."""
     max_photos: int = 20

@@ -77,7 +77,7 @@ def serve(options: Demo, public: bool = False, block: bool = True) -> Server:
         options.encoder,
         options.base_model,
         device,
-        choose_dtype("auto", device),
+        choose_dtype(options.dtype, device),
         options.lora_steps,
         options.attention,
     )

@@ -44,6 +44,9 @@ FALSE_ACCEPT_RATES = {"lenient": 0.1, "balanced": 0.03, "strict": 0.01}
 CARD_SCALES, CARD_SEEDS = (0.8, 1.0), 2
 """LoRA scales that a report card tries, and pictures for each of its prompts."""
 
+HALF: dict[torch.dtype, Literal["bf16", "fp16"]] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""What the trainer calls a precision."""
+
 LOOKS_WHILE_TRAINING = 4
 SAMPLE_STEPS, SAMPLES = 10, 2  # pictures drawn at each look, and their denoising steps
 
@@ -272,7 +275,7 @@ class Studio:
         from nearid_personalize.training.lora.loop import train_lora
 
         self._known(request.base_model)
-        options = replace(lora_options(request, self.lora_steps), attention=self.attention)
+        options = replace(lora_options(request, self.lora_steps, self.dtype), attention=self.attention)
         if self.device != "cpu":
             self._pipeline = None  # two base models would not fit
         subject = self.scorer.enroll(request.photos)
@@ -370,8 +373,13 @@ class Studio:
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def lora_options(request: TrainingRequest, usual_steps: int | None = None) -> "LoraOptions":
-    """The options of a training: the quickstart's for the mini-world, else the trainer's defaults."""
+def lora_options(
+    request: TrainingRequest, usual_steps: int | None = None, dtype: torch.dtype = torch.float32
+) -> "LoraOptions":
+    """The options of a training: the quickstart's for the mini-world, else the trainer's defaults.
+
+    dtype: what pictures are drawn in. In half precision, so are the frozen weights while the LoRA is trained.
+    """
     from nearid_personalize.training.lora.loop import LoraOptions
 
     steps = request.steps or usual_steps
@@ -383,6 +391,8 @@ def lora_options(request: TrainingRequest, usual_steps: int | None = None) -> "L
             request.base_model, request.photos, request.output, prompt, batch_size=1, seed=request.seed
         )
         options = replace(options, steps=steps or options.steps, gradient_checkpointing="on")
+    if dtype in HALF:
+        options = replace(options, precision=HALF[dtype], base_precision="same")
     return replace(options, validate_every=max(1, options.steps // LOOKS_WHILE_TRAINING))
 
 

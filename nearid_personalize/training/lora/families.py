@@ -382,11 +382,11 @@ def cast_weights(model: Any, dtype: torch.dtype) -> Iterator[None]:
     """Inside, `model` computes in `dtype`; afterwards its weights are those from before, to the bit."""
     before = model.dtype
     kept = model.state_dict() if dtype != before else {}
-    model.to(dtype)
+    nn.Module.to(model, dtype)  # diffusers' own warns of an empty list of modules at every call
     try:
         yield
     finally:
-        model.to(before)
+        nn.Module.to(model, before)
         if kept:
             model.load_state_dict(kept)
 
