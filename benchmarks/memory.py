@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 import torch
 import tyro
+from real_models import FLUX_TRANSFORMER, KL_VAE, SDXL_UNET
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -34,27 +35,7 @@ from nearid_personalize.training.lora.memory import (
 from nearid_personalize.training.lora.options import LoraOptions
 
 CLIP_L, CLIP_G, T5_XXL, QWEN_VL, QWEN3_4B = 123_060_480, 694_659_840, 4_762_310_656, 8_292_166_656, 4_022_468_096
-KL_VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "sample_size": 1024,
-}
 VAE_16 = {**KL_VAE, "latent_channels": 16, "shift_factor": 0.1, "use_quant_conv": False, "use_post_quant_conv": False}
-SDXL_UNET = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 SD35_MEDIUM = {
     "sample_size": 128,
     "num_layers": 24,
@@ -150,7 +131,7 @@ MODELS: dict[str, Shape] = {
     "flux.1": Shape(
         "FluxPipeline",
         "FluxTransformer2DModel",
-        {"guidance_embeds": True},
+        FLUX_TRANSFORMER,
         "AutoencoderKL",
         VAE_16,
         (CLIP_L, T5_XXL),

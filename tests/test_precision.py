@@ -4,7 +4,9 @@ import math
 import random
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+import tiny_pipelines
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -15,6 +17,9 @@ from nearid_personalize.driftmap import drift_maps
 from nearid_personalize.encoder.model import NearIDConfig
 from nearid_personalize.floors.adherence import AdherenceFloor
 from nearid_personalize.floors.quality import QualityFloor
+from nearid_personalize.guard.guard import IdentityGuard
+from nearid_personalize.guard.policy import FixedSchedule
+from nearid_personalize.guard.result import NothingAcceptedWarning
 from nearid_personalize.images import to_tensor
 from nearid_personalize.miniworld import example_references, photos, sample_pet, similar_pet
 from nearid_personalize.photos import check_photos
@@ -146,3 +151,23 @@ def test_the_released_shape_gives_float32_embeddings(dtype):
     assert math.isclose(sum(p.numel() for p in model.parameters()), 428e6, rel_tol=0.01)
     assert tokens.shape == (2, 729, 1152) and tokens.dtype == dtype
     assert rewards.shape == (2,) and rewards.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_survivors_of_a_race_are_the_plain_pictures(family, dtype, whole):
+    """Those of the pipeline's own batch of the same seeds, up to the rounding of kernels that depend on the batch."""
+    pipe, arguments = tiny_pipelines.build(family)
+    prompt, call = arguments.pop("prompt"), {**arguments, "num_inference_steps": 4}
+    pipe.to(dtype)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    plain = pipe([prompt] * 4, generator=generators, **call).images
+    guard = IdentityGuard(pipe, whole.scorer, whole.subject, policy=FixedSchedule({0.5: 0.5}))
+    with pytest.warns(NothingAcceptedWarning):
+        result = guard(prompt, num_images=1, num_candidates=4, seed=0, **call)
+    assert np.abs(np.asarray(plain[0], int) - np.asarray(plain[1], int)).max() > 40
+    finished = [candidate for candidate in result.candidates if candidate.status != "stopped"]
+    assert len(finished) == 2
+    for candidate in finished:
+        apart = np.abs(np.asarray(candidate.image, int) - np.asarray(plain[candidate.seed], int))
+        assert apart.max() <= 4
