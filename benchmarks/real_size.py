@@ -99,11 +99,11 @@ def measure_guard(options: Options) -> dict[str, Any]:
     size = {"height": options.resolution, "width": options.resolution}
     call = {"num_inference_steps": options.steps, **size}
     seeds = range(options.seed, options.seed + options.num_candidates)
-    plain, plain_seconds = timed(lambda: draw_plain(pipe, seeds[:1], call))
     subject, enrol_seconds = timed(lambda: scorer.enroll(photos(5, options.resolution)))
     guard = IdentityGuard(pipe, scorer, subject)
     count = options.num_candidates
     result, seconds = timed(lambda: guard(PROMPT, num_images=1, num_candidates=count, seed=options.seed, **call))
+    plain, plain_seconds = timed(lambda: draw_plain(pipe, [result.ranked[0].seed], call))
     batch = draw_plain(pipe, seeds, call) if options.compare_batch else {}
     stages = result.cost.seconds
     looks = {fraction for candidate in result.candidates for fraction in candidate.previews}
