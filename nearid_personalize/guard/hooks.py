@@ -401,8 +401,8 @@ def with_generators(step: Callable[..., Any], generators: Sequence[torch.Generat
         given = signature.bind(*args, **kwargs)
         sample = given.arguments.get("sample")
         if given.arguments.get("generator") is None and sample is not None and len(sample) == len(generators):
-            given.arguments["generator"] = list(generators)
-        return step(*given.args, **given.kwargs)
+            kwargs = {**kwargs, "generator": list(generators)}  # as it was called: somebody else may wrap `step` too
+        return step(*args, **kwargs)
 
     return drawing_by_row
 
