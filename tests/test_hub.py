@@ -201,7 +201,8 @@ def test_a_text_image_models_vocabulary_is_downloaded_and_no_code(
     for name in ("spiece.model", "merges.txt", "modeling.py", "pytorch_model.bin"):
         (folder / name).write_bytes(b"x")
     hub.publish("owner/siglip", folder)
-    code = "from nearid_personalize.checkpoints import checkpoint_folder as get; print(*get('owner/siglip').iterdir())"
+    code = "from nearid_personalize.encoder.checkpoints import checkpoint_folder\n"
+    code += "print(*checkpoint_folder('owner/siglip').iterdir())"
     env = hub.environment(tmp_path, PYTHONPATH=str(Path(__file__).parents[1]))
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     names = {Path(path).name for path in ended.stdout.split()}

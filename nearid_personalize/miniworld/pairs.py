@@ -1,6 +1,6 @@
 """Known pairs: photos of a subject, and pictures of it and of its near-identities as a pipeline would draw them.
 
-Accept thresholds are set and tested on these (`nearid_personalize.calibration`).
+Accept thresholds are set and tested on these (`nearid_personalize.scorer.calibration`).
 """
 
 import random
