@@ -1,6 +1,6 @@
 """Photos as a text-to-image model sees them half-way: an augmentation for scorers of previews.
 
-While a picture is being denoised, the clean picture predicted so far can be decoded and scored (`guard.previews`). It is
+While a picture is being denoised, the clean picture predicted so far can be decoded and scored. It is
 blurred, and what the noise still hides is made up by the model; a head trained on finished pictures takes that for a
 change of identity. So a share of the training pictures is noised as the model's own schedule does it, and shown as the
 model predicts them, in one call without a prompt: at the noise levels that matter the prompt makes little difference,
