@@ -28,7 +28,7 @@ def launch(launcher: list[str], trainer: str, *flags: object) -> subprocess.Comp
 @pytest.mark.parametrize(
     ("trainer", "flags", "words"),
     [
-        ("train_lora.py", ("--rank", 4), "missing --base-model, --references, --output; see train_lora.py --help"),
+        ("train_lora.py", ("--rank", 4), "missing --base-model, --references, --output; see train_lora --help"),
         ("train_lora.py", (*NOWHERE, "--rank", "many"), "--rank: invalid literal for int() with base 10: 'many'"),
         ("train_head.py", ("--trunk", "nowhere", "--output", "out"), "nowhere: no such folder"),
     ],
@@ -44,7 +44,7 @@ def test_what_is_wrong_is_one_line(trainer, flags, words, tmp_path, monkeypatch)
 
 def test_accelerate_adds_no_traceback(tmp_path):
     done = launch(ACCELERATE, "train_lora.py", "--base-model", "miniworld", "--output", tmp_path / "out")
-    assert done.stderr.splitlines() == ["error: missing --references; see train_lora.py --help"]
+    assert done.stderr.splitlines() == ["error: missing --references; see train_lora --help"]
     assert done.returncode == 1  # accelerate's own, whatever the script's is
 
 

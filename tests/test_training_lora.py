@@ -442,6 +442,6 @@ def test_count_missing_pairs_each_tensor_with_one_of_its_own():
 
 def test_a_peft_too_old_for_this_transformers_is_one_line_with_both_versions(tmp_path, photo_dir, monkeypatch):
     """transformers 5.24.0 asked for a peft that was not released."""
-    monkeypatch.setattr("nearid_personalize.training.lora.adapters.MIN_PEFT_VERSION", "999.0")
+    monkeypatch.setattr("nearid_personalize.lora.check.MIN_PEFT_VERSION", "999.0")
     with pytest.raises(InputError, match=r"transformers \S+: LoRA in text encoders needs peft 999.0 there, and \S+ is"):
         train_lora(LoraOptions("miniworld", photo_dir, tmp_path / "lora", steps=1))

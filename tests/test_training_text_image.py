@@ -1,14 +1,12 @@
 """Which text-image model the trainer takes by itself: one that is in the Hub's cache whole, and says so."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 
+from nearid_personalize import train_lora
 from nearid_personalize.training.lora.text_image import WELL_KNOWN, cached_text_image_model
 
-TRAINER = Path(__file__).parents[1] / "trainers" / "train_lora.py"
 FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", "model.safetensors")
 BASE, CLIP = "google/siglip2-base-patch16-224", "openai/clip-vit-base-patch32"
 
@@ -41,25 +39,16 @@ def test_the_best_known_of_those_that_are_there_whole(cache):
     assert WELL_KNOWN.index(BASE) < WELL_KNOWN.index(CLIP)
 
 
-@pytest.fixture
-def trainer(monkeypatch):
-    spec = importlib.util.spec_from_file_location("train_lora", TRAINER)
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "train_lora", script)
-    spec.loader.exec_module(script)
-    return script
-
-
 @pytest.mark.parametrize("base_model", ["owner/base", "miniworld"])
-def test_the_plan_says_what_measures_adherence(base_model, trainer, cache, capsys):
-    lora = trainer.LoraOptions(base_model=base_model, references=Path(), output=Path(), validate_every=5)
+def test_the_plan_says_what_measures_adherence(base_model, cache, capsys):
+    lora = train_lora.LoraOptions(base_model=base_model, references=Path(), output=Path(), validate_every=5)
     told = {}
     for case in ("empty", "cached", "asked"):
         if case == "cached":
             cache(CLIP, *FILES)
-        named = trainer.ValidationOptions(text_image_model="mine" if case == "asked" else None)
-        completed = trainer.completed(trainer.Arguments(lora, named))
-        trainer.print_plan(completed)
+        named = train_lora.ValidationOptions(text_image_model="mine" if case == "asked" else None)
+        completed = train_lora.completed(train_lora.Arguments(lora, named))
+        train_lora.print_plan(completed)
         told[case] = (
             completed.validation.text_image_model,
             "adherence to the prompts is not" in capsys.readouterr().out,
