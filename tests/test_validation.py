@@ -32,6 +32,7 @@ from nearid_personalize.training.lora.validation import (
     without_word,
 )
 from nearid_personalize.training.lora.validation_files import JOURNAL, shared_beginning
+from nearid_personalize.training.lora.validation_plan import ValidationPlan
 from nearid_personalize.training.lora.validation_records import Journal, Limits, best_of, out_of_patience, verdict
 
 ROOT = Path(__file__).parent.parent
@@ -224,6 +225,19 @@ def test_the_scored_pictures_are_what_the_kept_file_draws(options, told):
     images = draw_samples(pipe, told.validation_prompts, range(2), num_inference_steps=1)
     scores = checks.scorer.score([image for row in images for image in row], checks.subject)
     assert float(scores.mean()) == pytest.approx(best["identity"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("resolution", "side"), [(None, 32), (16, 16)])
+def test_pictures_are_as_large_as_those_that_are_trained_on(options, told, resolution, side):
+    """At the pipeline's own size a validation of SDXL takes four times the pixels of a training at 512."""
+    checks = IdentityValidation.open(replace(options, resolution=resolution), told)
+    pipe = StableDiffusionPipeline.from_pretrained(options.base_model, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    plan = ValidationPlan(
+        steps=(1,), prompts=told.validation_prompts[:1], seeds=2, denoising_steps=1, seconds=0.0, share=0.0
+    )
+    snapshot = lora.Snapshot(pipe=pipe, step=1, loss=0.0, save=print, loss_on=lambda pictures: 0.0)
+    assert [image.size for image in checks.draw(snapshot, plan)[0]] == [(side, side)] * 2
 
 
 def test_last_is_kept_when_asked(options, told):

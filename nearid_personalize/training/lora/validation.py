@@ -342,8 +342,10 @@ class IdentityValidation:
         return record, began
 
     def draw(self, snapshot: Snapshot, plan: ValidationPlan) -> list[list[Any]]:
-        """The pictures of a plan, [prompts][seeds]."""
+        """The pictures of a plan, [prompts][seeds], as large as those that are trained on."""
         pipe, validation = snapshot.pipe, self.validation
+        side = self.options.resolution
+        size = {} if side is None else {"height": side, "width": side}  # None: the base model's own
         scale = validation.validation_guidance_scale
         guidance = {} if scale is None else family_class(type(pipe).__name__, "")(pipe).guidance(scale)
         return draw_samples(
@@ -352,6 +354,7 @@ class IdentityValidation:
             range(plan.seeds),
             validation.validation_batch_size,
             num_inference_steps=plan.denoising_steps,
+            **size,
             **guidance,
         )
 
