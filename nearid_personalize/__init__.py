@@ -20,14 +20,12 @@ if TYPE_CHECKING:
     from nearid_personalize.guard.policy import FixedSchedule as FixedSchedule
     from nearid_personalize.guard.policy import RacingPolicy as RacingPolicy
     from nearid_personalize.guard.profile import PreviewProfile as PreviewProfile
-    from nearid_personalize.scorer.calibration import Calibration as Calibration
     from nearid_personalize.scorer.calibration import CalibrationBank as CalibrationBank
     from nearid_personalize.scorer.ranking import Ranking as Ranking
     from nearid_personalize.scorer.scorer import IdentityScorer as IdentityScorer
     from nearid_personalize.scorer.subject import Subject as Subject
 
 _HOME_OF = {
-    "Calibration": "scorer.calibration",
     "CalibrationBank": "scorer.calibration",
     "FixedSchedule": "guard.policy",
     "IdentityGuard": "guard.guard",

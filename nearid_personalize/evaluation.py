@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from nearid_personalize import metrics
 from nearid_personalize.data import IdentityDataset, Rows
-from nearid_personalize.data.cache import Items, LiveTokens, TokenSource, cache_in_memory
+from nearid_personalize.data.cache import LiveTokens, TokenSource
 from nearid_personalize.encoder.model import NearIDModel
 from nearid_personalize.encoder.preprocessing import Preprocessing
 
@@ -78,13 +78,6 @@ def evaluate_rows(
         live = LiveTokens(model, lambda _, dataset=dataset: dataset, dataset.view_mask, preprocessing)  # type: ignore[misc]
         measured[name] = evaluate_tokens(model, live, oracle, frozen=frozen, show=show)
     return measured
-
-
-def evaluate_retrieval(
-    model: NearIDModel, rows: Items, preprocessing: Preprocessing, num_workers: int = 0, seed: int = 0
-) -> Retrieval:
-    """SSR and PA of a model on rows of pictures; `seed` is the bootstrap's."""
-    return evaluate_tokens(model, cache_in_memory(model, rows, preprocessing, num_workers=num_workers), seed=seed)
 
 
 def evaluate_tokens(

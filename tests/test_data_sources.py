@@ -17,7 +17,6 @@ from test_data_rows import one_line
 
 from nearid_personalize.data import Row, check_disjoint, hash_split, load_rows, split_repeats, stream_rows
 from nearid_personalize.errors import InputError
-from nearid_personalize.miniworld import MiniWorldDataset, export_parquet, rows
 
 datasets = pytest.importorskip("datasets")
 
@@ -256,18 +255,6 @@ def test_mind_the_glitch(tmp_path: Path):
     assert np.array_equal(found[1].view(1), checkered(12, 16))
     assert np.array_equal(found[1].distractor("mtg", 0), checkered(111, 16))
     assert found[0].oracle == pytest.approx((1 - 2 / 8, 1 - 4 / 8))
-
-
-def test_what_the_mini_world_exports_comes_back(tmp_path: Path):
-    export_parquet(MiniWorldDataset("val", 2), tmp_path / "world")
-    found, wanted = both_ways(tmp_path / "world", split="val"), rows("val", 2)
-    for one, other in zip(found, wanted, strict=True):
-        assert (one.id, one.category, one.split) == (other.id, other.category, "val")
-        for slot in range(3):
-            assert np.array_equal(one.view(slot), other.view(slot))
-            assert np.array_equal(one.mask(slot), other.mask(slot))
-            assert np.array_equal(one.distractor("distractors", slot), other.distractor("similar", slot))
-    one_line(lambda: load_rows(tmp_path / "world", split="train"), "world", "'train'", "val")
 
 
 def test_table_rows_reach_worker_processes(tmp_path: Path):

@@ -4,7 +4,7 @@ from tiles import PREPROCESSING, Tiles, tiny_model
 
 from nearid_personalize import metrics
 from nearid_personalize.data.cache import LiveTokens, cache_in_memory
-from nearid_personalize.evaluation import evaluate_retrieval, evaluate_tokens, identity_similarities
+from nearid_personalize.evaluation import evaluate_tokens, identity_similarities
 from nearid_personalize.images import preprocess
 
 
@@ -20,10 +20,11 @@ def test_retrieval_agrees_with_embedding_each_row_by_itself():
                 for j in range(3):
                     if item["view_mask"][i] and item["view_mask"][j]:
                         views[n, i, j], distractors[n, i, j] = v[i] @ v[j], v[i] @ d[j]
-    ours = identity_similarities(model, cache_in_memory(model, rows, PREPROCESSING))
+    cache = cache_in_memory(model, rows, PREPROCESSING)
+    ours = identity_similarities(model, cache)
     for measured, expected in zip(ours, (views, distractors), strict=True):
         assert torch.allclose(measured, expected, atol=1e-3, equal_nan=True)
-    result = evaluate_retrieval(model, rows, PREPROCESSING)
+    result = evaluate_tokens(model, cache)
     assert result.ssr == pytest.approx(metrics.sample_success_rate(*ours))
     assert result.pa == pytest.approx(metrics.pairwise_accuracy(*ours))
     assert result.ssr_interval[0] <= result.ssr <= result.ssr_interval[1]

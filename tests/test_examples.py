@@ -1,7 +1,6 @@
 """The example scripts run as people run them, and being guarded costs a script three lines."""
 
 import difflib
-import json
 import os
 import shutil
 import subprocess
@@ -16,6 +15,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from tiny_pipelines import build
 
 from nearid_personalize import IdentityScorer
+from nearid_personalize.scorer.calibration import CalibrationBank
+from nearid_personalize.scorer.subject import save_calibration
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PAIRS = ("sdxl_lora", "flux_lora", "sd15_batch")
@@ -55,9 +56,9 @@ def place(request, tmp_path_factory, tiny_nearid_dir) -> tuple[str, Path]:
         save_lora(pipe, folder / "my-lora")
     encoder = folder / "Aleksandar" / "nearid-siglip2"
     shutil.copytree(tiny_nearid_dir, encoder)
-    rates = {"false_accept_rate": 1.0, "false_reject_rate": 0.0, "num_genuine": 1, "num_impostor": 1}
-    accepting = {"threshold": -1.0, "aggregation": "mean", **rates}
-    (encoder / "calibration.json").write_text(json.dumps(accepting), encoding="utf-8")
+    # Impostors as unlike as can be: whatever the small models draw is accepted.
+    accepting = CalibrationBank(torch.ones(9, 3, 3), torch.ones(9, 1, 3), -torch.ones(9, 1, 3), false_accept_rate=0.5)
+    save_calibration(accepting, encoder)
     (folder / "photos").mkdir()
     for seed in range(3):
         checkered(seed).save(folder / "photos" / f"{seed}.png")

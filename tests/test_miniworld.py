@@ -1,4 +1,4 @@
-"""The procedural world: determinism, splits, distractors, edits, captions, parquet."""
+"""The procedural world: determinism, splits, distractors, edits, captions."""
 
 import hashlib
 import random
@@ -6,23 +6,21 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
-import torch
 
 from nearid_personalize.errors import InputError
 from nearid_personalize.miniworld import (
     CATEGORIES,
     CONTEXTS,
-    MiniWorldDataset,
     Pet,
     caption,
     example_references,
-    export_parquet,
     identity_row,
     oracle_distance,
     part_edit,
     photos,
     picture,
     render,
+    rows,
     sample_pet,
     sample_view,
     similar_pet,
@@ -159,19 +157,6 @@ def test_captions_name_everything_and_drop_on_request():
     assert caption(pet, "sea", random.Random(0), drop=1.0) == "a photo of a dog in sea"
 
 
-def test_dataset_rows():
-    dataset = MiniWorldDataset("train", 3, num_views=2)
-    row = dataset[1]
-    assert row["views"].shape == row["distractors"].shape == (2, 3, 64, 64)
-    assert row["views"].dtype == torch.float32 and row["views"].min() >= 0 and row["views"].max() <= 1
-    assert row["view_mask"].dtype == torch.bool and row["view_mask"].all()
-    assert row["view_subjects"].shape == (2, 64, 64)
-    assert torch.equal(row["views"], dataset[1]["views"])
-    assert not torch.equal(row["views"], MiniWorldDataset("train", 3, num_views=2, seed=1)[1]["views"])
-    with pytest.raises(IndexError):
-        dataset[3]
-
-
 def test_photos_are_one_subject_in_different_contexts():
     pet = sample_pet("test", 0)
     contexts = [context for _, context in photos(pet, 8)]
@@ -186,28 +171,12 @@ def test_example_references_are_a_held_out_subject_and_never_in_space():
     assert not in_space & {np.asarray(image).tobytes() for image in images}
 
 
-def test_parquet_has_the_hub_schema(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    dataset = MiniWorldDataset("test", 2)
-    views, distractors = export_parquet(dataset, tmp_path)
-    table = datasets.Dataset.from_parquet(str(views), cache_dir=str(tmp_path / "cache"))
-    others = datasets.Dataset.from_parquet(str(distractors), cache_dir=str(tmp_path / "cache"))
-    wanted = {"id", "category", "category_description", "n_images", "quality", "split"}
-    wanted |= {f"{name}{i}" for name in ("images", "masks", "prompts") for i in (1, 2, 3)}
-    assert set(table.column_names) == wanted
-    assert set(others.column_names) == {"id", "nimg1", "nimg2", "nimg3"}
-    assert table["id"][:] == others["id"][:]
-    assert (np.asarray(table[0]["images2"]) == dataset.row(0).views[1].image).all()
-    assert (np.asarray(others[1]["nimg3"]) == dataset.row(1).distractors[2].image).all()
-    assert ((np.asarray(table[0]["masks1"]) > 0) == dataset.row(0).views[0].mask).all()
-
-
 @pytest.mark.parametrize(
     "call, words",
     [
         (lambda: sample_pet("train", 0, "unicorn"), ("unicorn", "dog")),
         (lambda: sample_pet("holdout", 0), ("holdout", "train")),  # type: ignore[arg-type]
-        (lambda: MiniWorldDataset("nope", 1), ("nope", "test")),  # type: ignore[arg-type]
+        (lambda: rows("nope", 1), ("nope", "test")),  # type: ignore[arg-type]
         (lambda: render(sample_pet("train", 0), "moon", sample_view(random.Random(0))), ("moon", "space")),
         (lambda: part_edit("train", 0, "nose"), ("nose", "ears")),
         (lambda: weights_dir("gpt"), ("gpt", "pipeline")),

@@ -7,8 +7,8 @@ from diffusers import StableDiffusionPipeline
 from transformers import AutoModel, SiglipModel
 
 from nearid_personalize import IdentityScorer
-from nearid_personalize.evaluation import evaluate_retrieval
-from nearid_personalize.miniworld import MiniWorldDataset, caption, picture, weights_dir
+from nearid_personalize.evaluation import evaluate_rows
+from nearid_personalize.miniworld import caption, picture, rows, weights_dir
 from nearid_personalize.miniworld.judge import judge
 
 
@@ -55,11 +55,11 @@ def test_encoders_load_as_their_library_loads_them():
 
 
 def test_the_head_beats_the_frozen_backbone_on_unseen_subjects():
-    rows = MiniWorldDataset("test", 60)
+    unseen = rows("test", 60)
     found = {}
     for name in ("siglip", "nearid"):
         scorer = IdentityScorer.from_pretrained(weights_dir(name))
-        found[name] = evaluate_retrieval(scorer.model, rows, scorer.preprocessing)
+        found[name] = evaluate_rows(scorer.model, scorer.preprocessing, unseen)["similar"]
     assert found["nearid"].ssr > found["siglip"].ssr
     assert found["nearid"].pa > found["siglip"].pa
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import Dinov2Config, Dinov2Model
 
-from nearid_personalize import Calibration, IdentityScorer, InputError, NearIDModel, Subject
+from nearid_personalize import IdentityScorer, InputError, NearIDModel, Subject
 from nearid_personalize.driftmap import drift_map
 from nearid_personalize.encoder.checkpoints import save_head
 from nearid_personalize.images import load_image as decode
@@ -319,17 +319,6 @@ def bank(rate=0.1, aggregation="centroid"):
     )
 
 
-def test_a_measured_threshold_holds_for_its_own_aggregation(tiny_nearid_dir, pictures):
-    calibration = Calibration(0.625, 0.05, 0.1, 100, 200, "max")
-    scorer = scorer_with(tiny_nearid_dir, calibration)
-    subject = scorer.enroll(pictures[:3])
-    assert (subject.threshold, subject.aggregation, subject.origin) == (0.625, "max", calibration.origin)
-    assert not subject.origin.guaranteed
-    other = scorer.enroll(pictures[:3], aggregation="mean")
-    assert other.threshold == uncalibrated_threshold(other.embeddings) and other.aggregation == "mean"
-    assert other.origin == ThresholdOrigin()
-
-
 def test_the_bank_sets_the_threshold_for_the_number_of_photos(tiny_nearid_dir, pictures):
     scorer = scorer_with(tiny_nearid_dir, bank())
     for count, aggregation in ((1, None), (3, None), (3, "max"), (5, None)):
@@ -439,17 +428,6 @@ def test_subject_round_trip(scorer, pictures, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["me.safetensors"]
 
 
-def test_files_from_before_origins_load(tmp_path):
-    embeddings, metadata = unit(3, 8), {"threshold": "0.625", "aggregation": "max"}
-    save_file({"embeddings": embeddings}, tmp_path / "old.safetensors", metadata)
-    subject = Subject.load(tmp_path / "old.safetensors")
-    assert torch.equal(subject.embeddings, embeddings) and (subject.threshold, subject.aggregation) == (0.625, "max")
-    assert subject.origin == ThresholdOrigin() and not subject.known
-    save_file({"embeddings": embeddings}, tmp_path / "bad.safetensors", metadata | {"origin": '{"who": 1}'})
-    with pytest.raises(InputError, match="not a saved subject"):
-        Subject.load(tmp_path / "bad.safetensors")
-
-
 def test_files_that_are_no_subject_are_refused(tiny_nearid_dir, tmp_path):
     with pytest.raises(InputError, match="no such file"):
         Subject.load(tmp_path / "none.safetensors")
@@ -515,21 +493,8 @@ def test_a_head_alone_and_a_bare_trunk_of_another_family(tmp_path, pictures):
     assert torch.allclose(moved.embed(pictures), expected, atol=1e-6)
 
 
-def test_calibration_file_is_read_and_checked(tiny_nearid_dir, tmp_path):
-    NearIDModel.from_pretrained(tiny_nearid_dir).save_pretrained(tmp_path)
-    calibration = Calibration(0.5, 0.05, 0.1, 100, 200, "centroid")
-    (tmp_path / "calibration.json").write_text(json.dumps(calibration.to_dict()))
-    assert IdentityScorer.from_pretrained(tmp_path).calibration == calibration
-    for content in ("{", "[]", "{}", json.dumps({**calibration.to_dict(), "aggregation": "median"})):
-        (tmp_path / "calibration.json").write_text(content)
-        with pytest.raises(InputError, match=r"calibration\.json") as refused:
-            IdentityScorer.from_pretrained(tmp_path)
-        assert "\n" not in str(refused.value)
-
-
 def test_a_bank_is_read_and_checked(tiny_nearid_dir, tmp_path, pictures):
     NearIDModel.from_pretrained(tiny_nearid_dir).save_pretrained(tmp_path)
-    (tmp_path / "calibration.json").write_text(json.dumps(Calibration(0.5, 0.05, 0.1, 9, 9, "max").to_dict()))
     save_calibration(bank(), tmp_path)
     scorer = IdentityScorer.from_pretrained(tmp_path)
     expected = scorer_with(tiny_nearid_dir, bank()).enroll(pictures[:2])

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import InputError
-from .dataset import MiniWorldDataset, export_parquet, identity_row, part_edit, part_edits, photos, picture, rows
+from .dataset import identity_row, part_edit, part_edits, photos, picture, rows
 from .render import Rendering, render
 from .scene import CONTEXTS, View, sample_view
 from .subjects import CATEGORIES, Pet, Split, caption, oracle_distance, sample_pet, similar_pet, single_edits
@@ -17,7 +17,6 @@ from .subjects import CATEGORIES, Pet, Split, caption, oracle_distance, sample_p
 __all__ = [
     "CATEGORIES",
     "CONTEXTS",
-    "MiniWorldDataset",
     "Pet",
     "Rendering",
     "Split",
@@ -25,7 +24,6 @@ __all__ = [
     "caption",
     "context_prompts",
     "example_references",
-    "export_parquet",
     "identity_row",
     "oracle_distance",
     "part_edit",

@@ -1,24 +1,19 @@
-"""The mini-world as data: captioned pictures, identity rows with near-identity distractors, part edits, parquet.
+"""The mini-world as data: captioned pictures, identity rows with near-identity distractors, part edits.
 
 `rows` and `part_edits` speak the row type of every data set (`nearid_personalize.data`).
 
 Everything is a pure function of (split, index, seed): nothing is stored, and no two splits share an identity.
 """
 
-import io
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from PIL import Image
-from torch.utils.data import Dataset
 
 from ..data.rows import Row, Rows, Slots
 from ..errors import InputError
@@ -29,7 +24,6 @@ from .subjects import (
     CATEGORIES,
     Pet,
     Split,
-    caption,
     check_split,
     oracle_distance,
     pick,
@@ -133,7 +127,7 @@ def rows(
     wide: bool = True,
     seed: int = 0,
 ) -> Rows:
-    """The rows of `MiniWorldDataset`, with subject masks and any number of distractor sources; a row's views, and each
+    """The identity rows of a split, with subject masks and any number of distractor sources; a row's views, and each
     of its sources, are drawn when a picture of them is first asked for.
 
     Raises:
@@ -168,56 +162,6 @@ def _slots(row: IdentityRow, kind: str, what: str) -> Slots:
 def _drawing(row: IdentityRow, kind: str, what: str, slot: int) -> npt.NDArray[Any]:
     """The image `[64,64,3]` or mask `[64,64]` of a view or distractor."""
     return getattr(getattr(row, kind)[slot], what)
-
-
-class MiniWorldDataset(Dataset[dict[str, torch.Tensor]]):
-    """Identity rows as tensors, one row an identity.
-
-    Each item has `views` and `distractors` (float `[V, 3, 64, 64]` in [0, 1]), `view_mask` and `distractor_mask`
-    (bool `[V]`, all true here), and the subject masks `view_subjects`, `distractor_subjects` (bool `[V, 64, 64]`).
-
-    Raises:
-        InputError: unknown split.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        num_subjects: int,
-        num_views: int = 3,
-        seed: int = 0,
-        changes: tuple[int, int] = (2, 4),
-        wide: bool = True,
-    ) -> None:
-        check_split(split)
-        self.split, self.num_subjects, self.num_views = split, num_subjects, num_views
-        self.seed, self.changes, self.wide = seed, changes, wide
-
-    def __len__(self) -> int:
-        return self.num_subjects
-
-    def row(self, index: int) -> IdentityRow:
-        """The row behind item `index`, with its subjects' attributes."""
-        if not 0 <= index < self.num_subjects:
-            raise IndexError(index)
-        return identity_row(self.split, index, self.num_views, self.changes, self.wide, self.seed)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = self.row(index)
-        valid = torch.ones(self.num_views, dtype=torch.bool)
-        return {
-            "views": _stack(row.views),
-            "distractors": _stack(row.distractors),
-            "view_mask": valid,
-            "distractor_mask": valid.clone(),
-            "view_subjects": torch.from_numpy(np.stack([r.mask for r in row.views])),
-            "distractor_subjects": torch.from_numpy(np.stack([r.mask for r in row.distractors])),
-        }
-
-
-def _stack(renderings: tuple[Rendering, ...]) -> torch.Tensor:
-    pixels = torch.from_numpy(np.stack([r.image for r in renderings]))
-    return pixels.permute(0, 3, 1, 2).float().div_(255)
 
 
 @dataclass(frozen=True)
@@ -303,69 +247,5 @@ def _edit_id(split: Split, seed: int, attribute: str | None, index: int) -> str:
     return f"{split}-{seed}-edit-{attribute or 'any'}-{index:06d}"
 
 
-def export_parquet(dataset: MiniWorldDataset, folder: str | Path) -> tuple[Path, Path]:
-    """Write a data set in the layout of the Hub's NearID sets: `views.parquet` and `distractors.parquet`.
-
-    Views carry `id, category, category_description, images1..V, masks1..V, n_images, prompts1..V, quality, split`;
-    distractors carry `id, nimg1..V`. Join them on `id`.
-    """
-    import datasets  # an optional dependency ([train])
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = range(1, dataset.num_views + 1)
-    image = datasets.Image()
-    text, count = datasets.Value("string"), datasets.Value("int32")
-    view_features = datasets.Features(
-        {"id": text, "category": text, "category_description": text, "n_images": count, "split": text}
-        | {"quality": datasets.Value("float32")}
-        | {
-            f"{name}{i}": kind
-            for i in numbers
-            for name, kind in (("images", image), ("masks", image), ("prompts", text))
-        }
-    )
-    distractor_features = datasets.Features({"id": text} | {f"nimg{i}": image for i in numbers})
-    paths = folder / "views.parquet", folder / "distractors.parquet"
-    for path, features, rows in zip(
-        paths, (view_features, distractor_features), (_view_rows, _distractor_rows), strict=True
-    ):
-        table = datasets.Dataset.from_list(list(rows(dataset)), features=features)
-        partial = path.with_suffix(".partial")
-        table.to_parquet(partial)
-        partial.replace(path)
-    return paths
-
-
 def _row_id(split: Split, seed: int, index: int) -> str:
     return f"{split}-{seed}-{index:06d}"
-
-
-def _png(pixels: npt.NDArray[Any]) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
-def _view_rows(dataset: MiniWorldDataset) -> Iterator[dict[str, Any]]:
-    for index in range(len(dataset)):
-        row = dataset.row(index)
-        columns: dict[str, Any] = {
-            "id": _row_id(dataset.split, dataset.seed, index),
-            "category": row.pet.category,
-            "category_description": caption(row.pet, row.contexts[0]).removesuffix(f" in {row.contexts[0]}"),
-            "n_images": len(row.views),
-            "split": dataset.split,
-            "quality": 1.0,
-        }
-        for i, (view, context) in enumerate(zip(row.views, row.contexts, strict=True), start=1):
-            columns[f"images{i}"] = _png(view.image)
-            columns[f"masks{i}"] = _png(view.mask.astype(np.uint8) * 255)
-            columns[f"prompts{i}"] = caption(row.pet, context)
-        yield columns
-
-
-def _distractor_rows(dataset: MiniWorldDataset) -> Iterator[dict[str, Any]]:
-    for index in range(len(dataset)):
-        pictures = enumerate(dataset.row(index).distractors, start=1)
-        yield {"id": _row_id(dataset.split, dataset.seed, index)} | {f"nimg{i}": _png(r.image) for i, r in pictures}

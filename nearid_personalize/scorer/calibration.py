@@ -11,9 +11,8 @@ more or less often than stated, on average no more.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from nearid_personalize.errors import InputError
 Aggregation = Literal["mean", "max", "centroid"]
 
 
-Source = Literal["negatives", "bank", "measured", "uncalibrated"]
+Source = Literal["negatives", "bank", "uncalibrated"]
 
 
 DEFAULT_FALSE_ACCEPT_RATE = 0.01
@@ -95,8 +94,8 @@ def conformal_threshold(impostor: Tensor, false_accept_rate: float) -> float:
 class ThresholdOrigin:
     """How an accept threshold came about, and what to expect of it.
 
-    source: "negatives" given at enrolment, the "bank" shipped with the encoder, "measured" (a calibration of one
-    threshold whose error rates were counted once), or "uncalibrated" (a rule of thumb).
+    source: "negatives" given at enrolment, the "bank" shipped with the encoder, or "uncalibrated" (a rule of
+    thumb).
     false_accept_rate: share in [0, 1] of impostors that it accepts at most, None when unknown. guaranteed: whether that
     holds (on average, see the module) for impostors like those it was set on. num_negatives: how many independent ones
     those were: pictures given, or bank subjects.
@@ -114,10 +113,9 @@ class ThresholdOrigin:
     def __str__(self) -> str:
         if self.false_accept_rate is None:
             return "not calibrated, error rates unknown"
-        whose = {
-            "negatives": f"pictures like the {self.num_negatives} negatives given",
-            "bank": f"near-identities (by {self.num_negatives} subjects of the calibration bank)",
-        }.get(self.source, f"impostors (by {self.num_negatives} measured)")
+        whose = f"near-identities (by {self.num_negatives} subjects of the calibration bank)"
+        if self.source == "negatives":
+            whose = f"pictures like the {self.num_negatives} negatives given"
         line = f"accepts {'at most' if self.guaranteed else 'about'} {self.false_accept_rate:.2%} of {whose}"
         if self.false_reject_rate is None:
             return line
@@ -220,46 +218,3 @@ class CalibrationBank:
         the centroid of more photos is closer to any picture, an impostor's included."""
         genuine, impostor = self.scores(num_references, aggregation)
         return KnownScores("bank", impostor, genuine, guaranteed=num_references <= self.num_references)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A single threshold and how often it erred on the pairs it was measured on: what came before `CalibrationBank`.
-
-    threshold: the smallest accepted score. false_accept_rate: share in [0, 1] of impostor pairs (another subject)
-    that it accepts; false_reject_rate: share of genuine pairs (the same subject) that it rejects. num_genuine,
-    num_impostor: how many pairs. aggregation: how the scores were formed from several references.
-    """
-
-    threshold: float
-    false_accept_rate: float
-    false_reject_rate: float
-    num_genuine: int
-    num_impostor: int
-    aggregation: Aggregation = "mean"
-
-    def to_dict(self) -> dict[str, float | int | str]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
-        """The inverse of `to_dict`. Raises ValueError naming what is missing, unknown, or of the wrong type."""
-        kinds = {field.name: field.type for field in fields(cls)}
-        missing, unknown = sorted(kinds.keys() - values.keys()), sorted(values.keys() - kinds.keys())
-        if missing or unknown:
-            raise ValueError(f"calibration: missing {missing}, unknown {unknown}")
-        if values["aggregation"] not in get_args(Aggregation):
-            raise ValueError(f"aggregation {values['aggregation']!r}; one of {', '.join(get_args(Aggregation))} works")
-        for name in kinds.keys() - {"aggregation"}:
-            accepted = (int, float) if kinds[name] is float else int
-            if not isinstance(values[name], accepted) or isinstance(values[name], bool):
-                raise ValueError(f"calibration: {name} is {values[name]!r}, not {getattr(kinds[name], '__name__', '')}")
-        return cls(**values)
-
-    @property
-    def origin(self) -> ThresholdOrigin:
-        """How its threshold came about."""
-        return ThresholdOrigin(
-            "measured", self.false_accept_rate, False, self.num_impostor, self.false_reject_rate, self.num_genuine
-        )

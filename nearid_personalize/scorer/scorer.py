@@ -26,7 +26,6 @@ from nearid_personalize.names import packaged
 from nearid_personalize.scorer.calibration import (
     DEFAULT_FALSE_ACCEPT_RATE,
     Aggregation,
-    Calibration,
     CalibrationBank,
     KnownScores,
     leave_one_out_scores,
@@ -66,7 +65,7 @@ class IdentityScorer:
         image_size: int,
         image_mean: Sequence[float],
         image_std: Sequence[float],
-        calibration: CalibrationBank | Calibration | None = None,
+        calibration: CalibrationBank | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 64,
@@ -94,8 +93,7 @@ class IdentityScorer:
 
         A bare trunk works too and gives the frozen backbone's likeness, not identity: a SigLIP one through its own
         pooling, a CLIP or DINO one through its mean token. `trunk` says where the trunk of a head saved alone is, when
-        it is not where it was. A `calibration.safetensors` beside the weights sets the accept threshold, see `enroll`;
-        so does a `calibration.json`, as there was before banks.
+        it is not where it was. A `calibration.safetensors` beside the weights sets the accept threshold, see `enroll`.
 
         Raises InputError when the checkpoint cannot be found or read.
         """
@@ -233,10 +231,7 @@ class IdentityScorer:
     ) -> Subject:
         """`enroll` for photos that were embedded before: float32 [R,D], unit rows, from `embed`."""
         chosen = aggregation or (self.calibration.aggregation if self.calibration else "mean")
-        measured = self.calibration if isinstance(self.calibration, Calibration) else None
-        if measured and measured.aggregation == chosen and negatives is None and false_accept_rate is None:
-            return Subject(references, measured.threshold, chosen, measured.origin)
-        bank = self.calibration if isinstance(self.calibration, CalibrationBank) else None
+        bank = self.calibration
         known = [bank.known_scores(len(references), chosen)] if bank else []
         if negatives is not None:
             impostor = identity_scores(self.embed(negatives), references, chosen)[:, None]

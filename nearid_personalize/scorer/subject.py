@@ -14,7 +14,6 @@ from nearid_personalize.errors import InputError
 from nearid_personalize.files import write_atomically
 from nearid_personalize.scorer.calibration import (
     Aggregation,
-    Calibration,
     CalibrationBank,
     KnownScores,
     ThresholdOrigin,
@@ -22,8 +21,8 @@ from nearid_personalize.scorer.calibration import (
     leave_one_out_scores,
 )
 
-BANK_FILE, MEASURED_FILE = "calibration.safetensors", "calibration.json"
-"""What may lie beside an encoder's weights: a `CalibrationBank`, or a `Calibration` from before there were banks."""
+BANK_FILE = "calibration.safetensors"
+"""The `CalibrationBank` beside an encoder's weights."""
 
 
 UNCALIBRATED_MARGIN = 0.1
@@ -108,12 +107,11 @@ class Subject:
             raise InputError(f"{path}: no such file; give a subject saved with Subject.save")
         try:
             tensors, metadata = _read_safetensors(path)
-            # Files from before thresholds had origins carry none.
             known = tuple(
                 KnownScores(impostor=tensors[f"impostor.{i}"], genuine=tensors[f"genuine.{i}"], **facts)
-                for i, facts in enumerate(json.loads(metadata.get("known", "[]")))
+                for i, facts in enumerate(json.loads(metadata["known"]))
             )
-            origin = ThresholdOrigin(**json.loads(metadata.get("origin", "{}")))
+            origin = ThresholdOrigin(**json.loads(metadata["origin"]))
             threshold, aggregation = float(metadata["threshold"]), metadata["aggregation"]
             return cls(tensors["embeddings"], threshold, aggregation, origin, known)  # type: ignore[arg-type]
         except (SafetensorError, KeyError, TypeError, ValueError):
@@ -143,18 +141,12 @@ def save_calibration(bank: CalibrationBank, folder: str | Path) -> None:
     write_atomically(Path(folder) / BANK_FILE, save(tensors, metadata))
 
 
-def read_calibration(folder: str | Path) -> CalibrationBank | Calibration | None:
-    """The bank beside an encoder's weights, else the calibration of one threshold, else None.
-
-    Raises InputError when the file is damaged.
-    """
-    bank, measured = Path(folder) / BANK_FILE, Path(folder) / MEASURED_FILE
-    path = bank if bank.is_file() else measured
+def read_calibration(folder: str | Path) -> CalibrationBank | None:
+    """The bank beside an encoder's weights, or None. Raises InputError when the file is damaged."""
+    path = Path(folder) / BANK_FILE
     if not path.is_file():
         return None
     try:
-        if path == measured:
-            return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
         tensors, metadata = _read_safetensors(path)
         rate, aggregation = float(metadata["false_accept_rate"]), metadata["aggregation"]
         return CalibrationBank(**tensors, false_accept_rate=rate, aggregation=aggregation)  # type: ignore[arg-type]

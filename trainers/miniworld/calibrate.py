@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nearid_personalize.miniworld.pairs import embed_pairs, known_pairs
 from nearid_personalize.scorer.calibration import Aggregation, CalibrationBank
 from nearid_personalize.scorer.scorer import IdentityScorer
-from nearid_personalize.scorer.subject import MEASURED_FILE, save_calibration
+from nearid_personalize.scorer.subject import save_calibration
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class CalibrateOptions:
     """What is measured, and on what."""
 
     scorer: Path
-    """Folder of the NearID model; receives calibration.safetensors, which takes the place of a calibration.json."""
+    """Folder of the NearID model; receives calibration.safetensors."""
     pipeline: Path
     """Folder of the text-to-image model, for its autoencoder."""
     num_subjects: int = 400
@@ -74,7 +74,6 @@ def main(options: CalibrateOptions) -> None:
     bank = CalibrationBank.from_embeddings(references, genuine, impostor, options.false_accept_rate)
     bank = replace(bank, aggregation=compare(bank))
     save_calibration(bank, options.scorer)
-    (options.scorer / MEASURED_FILE).unlink(missing_ok=True)
     print(f"{options.num_subjects} subjects, default aggregation {bank.aggregation}")
 
 
