@@ -78,7 +78,7 @@ def as_tensor(pictures: np.ndarray) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class RandomHalving:
+class RandomHalving(StoppingPolicy):
     """Stops a random half half-way: what stopping saves when nothing is known."""
 
     generator: torch.Generator

@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,20 +66,16 @@ class Options:
 
 
 @dataclass(frozen=True)
-class RandomSchedule:
+class RandomSchedule(StoppingPolicy):
     """Keeps a random share: what stopping saves when nothing is known."""
 
     share_kept: float
     step_fractions: tuple[float, ...] = (0.5,)
-    seed: int = 0
-
-    def seeded(self, seed: int) -> "RandomSchedule":
-        """The same with another seed."""
-        return replace(self, seed=seed)
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def decide(self, step_fraction: float, preview_scores: Tensor, num_images: int) -> Tensor:
         """See `StoppingPolicy`."""
-        draws = torch.rand(len(preview_scores), generator=torch.Generator().manual_seed(self.seed))
+        draws = torch.rand(len(preview_scores), generator=self.generator)
         kept = max(num_images, math.ceil(self.share_kept * len(draws)))
         return (draws.argsort().argsort() < kept) & ~preview_scores.isnan()
 
@@ -153,8 +149,8 @@ def race(
 ) -> Race:
     """Replay every table."""
     scores, costs = [], []
-    for seed, (previews, finals) in enumerate(zip(*tables)):
-        result = replay(previews, finals, FRACTIONS, num_candidates, num_images, policy, seed=seed, **options)
+    for previews, finals in zip(*tables):
+        result = replay(previews, finals, FRACTIONS, num_candidates, num_images, policy, **options)
         standard = (finals - finals.mean()) / finals.std()
         scores.append(standard[list(result.winners)].mean())
         costs.append(result.cost)

@@ -5,6 +5,7 @@
     pipe.load_components(dtype=torch.bfloat16)
     state = pipe(prompt="a photo of sks dog", num_images_per_prompt=8, num_images=2, scorer=scorer, subject=subject)
     state.images, state.verdicts, state.stopped_at
+    pipe(..., profile=state.profile)  # knows what the first call taught
 
 `guarded(blocks)` puts the two steps into blocks of your own. Unlike `IdentityGuard` these run one batch: no budget, no
 smaller batches when memory runs out, no floors.
@@ -25,10 +26,11 @@ from diffusers.modular_pipelines import (
 )
 
 from nearid_personalize import InputError
-from nearid_personalize.guard.hooks import steps_at
-from nearid_personalize.guard.policy import DEFAULT_POLICY, STEP_FRACTIONS, needs_previews
+from nearid_personalize.guard.acceptance import preview_scores
+from nearid_personalize.guard.generation import to_pictures
+from nearid_personalize.guard.policy import DEFAULT_POLICY
 from nearid_personalize.guard.previews import as_pixels, decode_latents, predict_clean
-from nearid_personalize.guard.race import preview_scores, to_pictures
+from nearid_personalize.guard.race import Race
 from nearid_personalize.scorer.ranking import best_accepted, rank_candidates
 
 FAMILIES = {
@@ -71,11 +73,13 @@ class RejectStep(ModularPipelineBlocks):
             InputParam("subject", required=True, description="from scorer.enroll(photos)"),
             InputParam("num_images", default=1, description="how many are wanted"),
             InputParam("policy", default=DEFAULT_POLICY, description="a StoppingPolicy"),
+            InputParam("profile", default=None, description="a PreviewProfile: what earlier calls taught"),
         ]
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
         return [
+            OutputParam("race", type_hint=Race, description="the race"),
             OutputParam("rows", type_hint=list[int], description="the candidates still in the batch"),
             OutputParam("stopped_at", type_hint=dict[int, int], description="of the others, the last step"),
         ]
@@ -85,17 +89,13 @@ class RejectStep(ModularPipelineBlocks):
         if i == 0:
             self.check(components, block_state)
             block_state.rows, block_state.stopped_at = list(range(len(block_state.latents))), {}
+            block_state.race = begun_race(block_state)
         step, num_steps = i + 1, len(block_state.timesteps)
-        asked_at = getattr(block_state.policy, "step_fractions", STEP_FRACTIONS)
-        due = [fraction for fraction in asked_at if step in steps_at([fraction], num_steps)]
-        num_started = len(block_state.rows) + len(block_state.stopped_at)
-        looks = needs_previews(block_state.policy, num_started, block_state.num_images, is_last=True)
-        if due and step < num_steps and looks:
-            scores, pixels = torch.full((num_started,), torch.nan), preview(components, block_state, t)
-            scores[block_state.rows] = preview_scores(block_state.scorer, block_state.subject, pixels)
-            kept = block_state.policy.decide(due[-1], scores, block_state.num_images)
-            goes_on = kept | scores.isnan()  # to a policy NaN means stopped already
-            cut(block_state, [place for place, row in enumerate(block_state.rows) if goes_on[row]], step)
+        if block_state.race.due(step / num_steps, i / num_steps):
+            pixels = preview(components, block_state, t)
+            scores = preview_scores(block_state.scorer, block_state.subject, pixels)
+            going_on = block_state.race.decide(step / num_steps, block_state.rows, scores)
+            cut(block_state, [place for place, row in enumerate(block_state.rows) if row in going_on], step)
         return components, block_state
 
     @staticmethod
@@ -117,7 +117,7 @@ class RerankStep(ModularPipelineBlocks):
 
     @property
     def inputs(self) -> list[InputParam]:
-        names = ("images", "rows", "stopped_at", "scorer", "subject")
+        names = ("images", "race", "rows", "stopped_at", "scorer", "subject")
         return [
             *(InputParam(name, required=True) for name in names),
             InputParam("num_images", default=1),
@@ -129,6 +129,7 @@ class RerankStep(ModularPipelineBlocks):
         return [
             OutputParam("images", description="the accepted ones, best first"),
             OutputParam("verdicts", description="a Verdict on every candidate, best first; `index` is its row"),
+            OutputParam("profile", description="a PreviewProfile that this call added to: give it to the next one"),
         ]
 
     @torch.no_grad()
@@ -140,6 +141,8 @@ class RerankStep(ModularPipelineBlocks):
             pictures = to_pictures(as_pixels(images, block_state.output_type, components))
         scores = torch.full((len(block_state.rows) + len(stopped_at),), torch.nan)
         scores[block_state.rows] = block_state.scorer.score(pictures, block_state.subject)
+        block_state.race.finish(block_state.rows, scores[block_state.rows].tolist())
+        block_state.profile = block_state.race.learnt()
         block_state.verdicts = tuple(
             replace(verdict, reason=f"stopped after step {stopped_at[verdict.index]}")
             if verdict.index in stopped_at
@@ -159,6 +162,19 @@ class IdentityGuardBlocks(SequentialPipelineBlocks):
         if family not in FAMILIES:
             raise InputError(f"family {family!r}; one of {', '.join(FAMILIES)} works, or guarded(your blocks)")
         self.sub_blocks = guarded(getattr(diffusers, FAMILIES[family])()).sub_blocks
+
+
+def begun_race(block_state) -> Race:
+    """A race whose only batch are the rows of this call."""
+    num_rows = len(block_state.rows)
+    race = Race(
+        policy=block_state.policy,
+        num_images=block_state.num_images,
+        num_candidates=num_rows,
+        profile=block_state.profile,
+    )
+    race.begin(race.next_batch())
+    return race
 
 
 def guarded(blocks: SequentialPipelineBlocks) -> SequentialPipelineBlocks:

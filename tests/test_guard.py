@@ -10,7 +10,7 @@ from PIL import Image
 
 from nearid_personalize.errors import InputError
 from nearid_personalize.guard.guard import IdentityGuard
-from nearid_personalize.guard.policy import FixedSchedule, RacingPolicy
+from nearid_personalize.guard.policy import FixedSchedule, RacingPolicy, StoppingPolicy
 from nearid_personalize.guard.result import GuardResults, NothingAcceptedWarning, RaceProgress
 from nearid_personalize.scorer.scorer import IdentityScorer
 
@@ -410,7 +410,7 @@ def test_a_scheduler_swapped_later_is_noticed(guard, tiny_pipeline_dir):
 # --- previews --------------------------------------------------------------------------------------------------------
 
 
-class AsksAlways:
+class AsksAlways(StoppingPolicy):
     """A policy of one's own: it stops nobody, and counts how often it is asked."""
 
     step_fractions = (0.5,)

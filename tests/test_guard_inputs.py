@@ -185,9 +185,9 @@ def test_a_blackened_picture_is_no_evidence_for_the_policy(guarded):
     forward, told = type(pipe.safety_checker).forward, []
 
     class Listening(RacingPolicy):
-        def informed(self, profile, finished=(), threshold=None):
-            told.append(tuple(finished))
-            return super().informed(profile, finished, threshold)
+        def informed(self, profile, run):
+            told.append(run.finished)
+            return super().informed(profile, run)
 
     def second_is_black(clip_input, images):
         forward(pipe.safety_checker, clip_input, images)

@@ -16,7 +16,7 @@ from tiny_pipelines import build
 
 from nearid_personalize import IdentityGuard, IdentityScorer, InputError
 from nearid_personalize.floors.adherence import AdherenceFloor, TextImageEncoder
-from nearid_personalize.guard.policy import FixedSchedule
+from nearid_personalize.guard.policy import FixedSchedule, StoppingPolicy
 from nearid_personalize.guard.previews import decode_latents
 
 PIPELINES = str(Path(__file__).parent.parent / "pipelines")
@@ -258,7 +258,7 @@ def test_whoever_goes_on_keeps_its_own_noise(saved, scorer, subject):
     assert (state.images - rows[best]).abs().max() <= 1e-5
 
 
-class KeepsTheLast:
+class KeepsTheLast(StoppingPolicy):
     """A policy that stops the first half of the batch."""
 
     step_fractions = (0.5,)

@@ -32,7 +32,16 @@ FLOORS = (
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # What finds the packaged models: it looks for a folder, and imports nothing but `errors`
 NAMED_MODELS = "miniworld"
-PURE = ("losses", "metrics", "scorer.calibration", "scorer.ranking", "guard.policy", "guard.profile", "guard.replays")
+PURE = (
+    "losses",
+    "metrics",
+    "scorer.calibration",
+    "scorer.ranking",
+    "guard.policy",
+    "guard.profile",
+    "guard.race",
+    "guard.replays",
+)
 
 
 def module_of(path: Path) -> str:

@@ -17,12 +17,12 @@ from nearid_personalize.guard.policy import (
     DEFAULT_POLICY,
     FixedSchedule,
     RacingPolicy,
+    StoppingPolicy,
     chance_among_best,
-    needs_previews,
-    next_wave,
 )
-from nearid_personalize.guard.profile import PreviewProfile, full_spread
-from nearid_personalize.guard.replays import Replay, asked_columns, replay
+from nearid_personalize.guard.profile import PreviewProfile, RunFacts, full_spread, levels_of
+from nearid_personalize.guard.race import Race, needs_previews, next_batch_size
+from nearid_personalize.guard.replays import Limits, Replay, replay
 from nearid_personalize.scorer.ranking import best_accepted, rank_candidates
 
 NAN = float("nan")
@@ -109,8 +109,10 @@ def race(tables, num_candidates=16, num_images=1, policy=DEFAULT_POLICY, **optio
     return float(torch.stack(scores).mean()), sum(result.cost for result in results) / len(results)
 
 
-class KeepAll:
-    """Somebody's own policy: it knows no fractions and stops nobody; it writes down when it was asked."""
+class KeepAll(StoppingPolicy):
+    """Somebody's own policy: it stops nobody, and writes down when it was asked."""
+
+    step_fractions = FRACTIONS
 
     def __init__(self):
         self.asked = []
@@ -209,16 +211,23 @@ def test_joined_profiles_know_what_one_fit_of_all_knows():
     parts = [PreviewProfile.fit(p, f, FRACTIONS) for p, f in zip(previews, finals)]
     whole = PreviewProfile.fit(previews.flatten(0, 1), finals.flatten(), FRACTIONS, [i // 16 for i in range(48)])
     joined = parts[0].joined(parts[1]).joined(parts[2])
-    for name in ("freedom", "preview_squares", "products", "final_squares", "preview_level", "preview_spread"):
+    for name in ("freedom", "preview_squares", "products", "final_squares"):
         assert getattr(joined, name) == pytest.approx(getattr(whole, name))
-    assert joined.preview_level == parts[2].preview_level and joined.knows_level
 
 
-def test_a_profile_goes_through_json_without_its_run():
+def test_joining_keeps_what_is_known_at_other_fractions():
+    previews, finals = draw_tables(CURVES["middling"], 2)
+    saved = PreviewProfile.fit(previews[0], finals[0], FRACTIONS)
+    run = PreviewProfile.fit(previews[1, :, 1:2], finals[1], (0.35,))
+    joined = saved.joined(run)
+    assert joined.step_fractions == (0.2, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8)
+    assert joined.freedom == pytest.approx((15, 15, 30, 15, 15, 15, 15, 15))
+    assert joined.at(FRACTIONS) == saved
+
+
+def test_a_profile_goes_through_json():
     profile = profile_of(CURVES["middling"], 3)
-    loaded = PreviewProfile.from_dict(json.loads(json.dumps(profile.to_dict())))
-    assert loaded.correlation() == profile.correlation() and not loaded.knows_level
-    assert loaded.joined(profile).knows_level
+    assert PreviewProfile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
 
 
 @pytest.mark.parametrize(
@@ -252,10 +261,12 @@ def policies():
     """A policy in each state of knowledge."""
     previews, finals = draw_tables(CURVES["early"], seed=7)
     run = PreviewProfile.fit(previews[0], finals[0], FRACTIONS)
+    levels = levels_of(previews[0], finals[0], FRACTIONS)
+    some = RunFacts(finished=tuple(finals[0, :3].tolist()), threshold=0.5, levels=levels)
     yield RacingPolicy()
     yield RacingPolicy().informed(profile_of(CURVES["early"]))
-    yield RacingPolicy().informed(run, finals[0].tolist())
-    yield RacingPolicy(risk=0.6).informed(profile_of(CURVES["late"]).joined(run), finals[0, :3].tolist(), 0.5)
+    yield RacingPolicy().informed(run, RunFacts(finished=tuple(finals[0].tolist()), levels=levels))
+    yield RacingPolicy(risk=0.6).informed(profile_of(CURVES["late"]).joined(run), some)
 
 
 @pytest.mark.parametrize("num_images", [1, 3])
@@ -263,11 +274,11 @@ def test_a_higher_preview_is_never_stopped_while_a_lower_one_goes_on(num_images)
     for policy, seed in itertools.product(policies(), range(8)):
         scores = torch.randn(12, generator=torch.Generator().manual_seed(seed))
         scores[3], scores[5], scores[6:8] = math.nan, scores[4], scores[8]
-        for fraction in (0.05, 0.3, 0.62, 0.95):
+        for fraction in (0.05, 0.3, 0.6, 0.95):
             goes_on = policy.decide(fraction, scores, num_images)
             assert not goes_on[3] and goes_on[4] == goes_on[5] and goes_on[6] == goes_on[7] == goes_on[8]
             assert not (scores[~goes_on] >= scores[goes_on].min()).any()  # a comparison with NaN is false
-            assert goes_on.sum() >= max(1, num_images - len(policy.finished))
+            assert goes_on.sum() >= max(1, num_images - len(policy.run.finished))
 
 
 def test_order_of_candidates_changes_no_decision():
@@ -280,9 +291,9 @@ def test_order_of_candidates_changes_no_decision():
 def test_level_and_scale_of_all_scores_change_no_race():
     previews, finals = draw_tables(CURVES["middling"], 10, 40)
     for p, f in zip(previews, finals):
-        plain = replay(p, f, FRACTIONS, budget=16)
+        plain = replay(p, f, FRACTIONS, limits=Limits(budget=16))
         for scale, level in ((1, 3.0), (0.05, -0.4)):
-            assert replay(scale * p + level, scale * f + level, FRACTIONS, budget=16) == plain
+            assert replay(scale * p + level, scale * f + level, FRACTIONS, limits=Limits(budget=16)) == plain
 
 
 def test_later_decisions_and_more_risk_stop_more():
@@ -304,9 +315,11 @@ def test_finished_candidates_and_a_threshold_out_of_reach_stop_more():
     previews, finals = draw_tables(CURVES["early"], seed=7)
     run = PreviewProfile.fit(previews[0], finals[0], FRACTIONS)
     scores = torch.linspace(-1, 1, 8)
+    levels = levels_of(previews[0], finals[0], FRACTIONS)
+    better, unreachable = RunFacts((*finals[0].tolist(), 2.0), None, levels), RunFacts((-1.0,), 9.0, levels)
     alone = RacingPolicy().informed(run).decide(0.5, scores, 1)
-    against = RacingPolicy().informed(run, [*finals[0].tolist(), 2.0]).decide(0.5, scores, 1)
-    hopeless = RacingPolicy().informed(run, [-1.0], 9.0).decide(0.5, scores, 1)
+    against = RacingPolicy().informed(run, better).decide(0.5, scores, 1)
+    hopeless = RacingPolicy().informed(run, unreachable).decide(0.5, scores, 1)
     assert alone.sum() > against.sum() >= hopeless.sum() == 1
 
 
@@ -388,10 +401,18 @@ def test_a_policy_that_stops_nobody_is_best_of_n_and_is_asked_everywhere():
 
 
 def test_a_policy_is_asked_at_the_first_recorded_fraction_at_or_after_its_own():
-    assert asked_columns((0.2, 0.3, 0.5, 1.0), None) == [0, 1, 2]
-    assert asked_columns((0.2, 0.3, 0.5, 1.0), (0.3, 0.4, 0.55, 0.7)) == [1, 2]
-    assert asked_columns((0.25, 0.5, 0.75), (0.3, 0.4, 0.55, 0.7)) == [1, 2]
-    assert asked_columns((0.5,), (0.7,)) == []
+    assert asked_at((0.2, 0.3, 0.5, 1.0), (0.3, 0.4, 0.55, 0.7)) == [0.3, 0.5]
+    assert asked_at((0.25, 0.5, 0.75), (0.3, 0.4, 0.55, 0.7)) == [0.5, 0.75]
+    assert asked_at((0.5,), (0.7,)) == []
+    assert asked_at(torch.tensor([0.3, 0.7]).tolist(), (0.3, 0.7)) == pytest.approx([0.3, 0.7])
+
+
+def asked_at(recorded, wanted):
+    """The recorded fractions at which a policy that wants others is asked."""
+    policy = KeepAll()
+    policy.step_fractions = wanted
+    replay(torch.rand(4, len(recorded)), torch.rand(4), recorded, 4, policy=policy)
+    return policy.asked
 
 
 def test_a_candidate_costs_what_it_ran_and_its_previews():
@@ -411,9 +432,8 @@ def test_a_budget_is_spent_and_never_exceeded(budget, max_batch_size):
                 finals,
                 FRACTIONS,
                 policy=policy,
-                budget=budget,
-                max_batch_size=max_batch_size,
                 preview_cost=0.005,
+                limits=Limits(budget=budget, max_batch_size=max_batch_size),
             )
             assert budget - 1.1 < result.cost <= budget + 1e-9
             assert len(result.winners) == (budget > 1)
@@ -423,82 +443,88 @@ def test_compute_that_was_freed_begins_new_seeds_under_a_budget_alone():
     tables = draw_tables(CURVES["early"], 30, 60)
     results = [replay(p, f, FRACTIONS) for p, f in zip(*tables)]
     assert all(result.started == 16 and result.winners[0] < 16 for result in results)
-    refilled = [replay(p, f, FRACTIONS, budget=16) for p, f in zip(*tables)]
+    refilled = [replay(p, f, FRACTIONS, limits=Limits(budget=16)) for p, f in zip(*tables)]
     assert all(result.started > 20 for result in refilled)
     best_of_16 = float(tables[1][:, :16].max(1).values.mean())
-    assert race(tables, budget=16)[0] > best_of_16 + 0.1
+    assert race(tables, limits=Limits(budget=16))[0] > best_of_16 + 0.1
 
 
 def test_until_accepted_ends_with_the_wave_that_brings_enough():
     previews, finals = draw_tables(CURVES["middling"], 1, 120, seed=2)
     run = (previews[0], finals[0], FRACTIONS, 16, 2, RacingPolicy())
-    result = replay(*run, budget=40, threshold=1.0, max_batch_size=4)
+    result = replay(*run, limits=Limits(budget=40, threshold=1.0, max_batch_size=4))
     assert len(result.winners) == 2 and all(finals[0, row] >= 1.0 for row in result.winners)
     assert (finals[0, : result.started - 4] >= 1.0).sum() < 4 and result.cost < 40
-    nothing = replay(*run, budget=40, threshold=99.0, max_batch_size=4)
+    nothing = replay(*run, limits=Limits(budget=40, threshold=99.0, max_batch_size=4))
     assert nothing.winners == () and 38 < nothing.cost <= 40
 
 
-def test_what_finished_is_told_before_the_next_wave():
+def test_what_finished_is_told_before_the_next_batch_size():
     told = []
 
     @dataclass(frozen=True)
     class Listening(RacingPolicy):
-        def informed(self, profile, finished=(), threshold=None):
-            told.append((profile, list(finished)))
-            return super().informed(profile, finished, threshold)
+        def informed(self, profile, run):
+            told.append((profile, run))
+            return super().informed(profile, run)
 
     previews, finals = draw_tables(CURVES["middling"], 1, 30)
     saved = profile_of(CURVES["middling"], 4)
-    replay(previews[0], finals[0], FRACTIONS, 16, policy=Listening(), profile=saved, max_batch_size=8)
+    replay(previews[0], finals[0], FRACTIONS, 16, policy=Listening(), profile=saved, limits=Limits(max_batch_size=8))
     (first, none), (second, some) = told
-    assert first is saved and none == []
-    assert 1 <= len(some) < 8 and set(some) <= set(finals[0, :8].tolist())
-    assert second.knows_level and second.freedom[-1] == pytest.approx(4 * 15 + len(some) - 1)
+    assert first is saved and none == RunFacts()
+    assert 1 <= len(some.finished) < 8 and set(some.finished) <= set(finals[0, :8].tolist())
+    last = max(some.levels)
+    assert some.levels[last].is_known
+    assert second.freedom[second.step_fractions.index(last)] == pytest.approx(4 * 15 + len(some.finished) - 1)
 
 
-def test_a_policy_that_draws_draws_from_the_seed():
-    @dataclass(frozen=True)
-    class Lottery:
-        seed: int = 0
+def test_a_preview_that_could_not_be_scored_stops_nobody_and_a_final_one_cannot_win():
+    previews, finals = draw_tables(CURVES["early"], 1, 16)
+    best = int(finals[0].argmax())
+    unseen, unscored = previews[0].clone(), finals[0].clone()
+    unseen[best] = NAN
+    assert replay(unseen, finals[0], FRACTIONS).winners == (best,)
+    unscored[best] = NAN
+    assert best not in replay(previews[0], unscored, FRACTIONS, 16, 8).winners
 
-        def seeded(self, seed):
-            return Lottery(seed)
 
-        def decide(self, step_fraction, preview_scores, num_images):
-            drawn = torch.randint(len(preview_scores), (), generator=torch.Generator().manual_seed(self.seed))
-            return (torch.arange(len(preview_scores)) == drawn) & ~preview_scores.isnan()
-
-    previews, finals = draw_tables(CURVES["middling"], 1, 16)
-    winners = [replay(previews[0], finals[0], FRACTIONS, policy=Lottery(), seed=seed).winners for seed in range(8)]
-    assert len(set(winners)) > 2
-    assert winners == [replay(previews[0], finals[0], FRACTIONS, policy=Lottery(), seed=s).winners for s in range(8)]
+def test_a_batch_that_failed_is_begun_again_in_parts():
+    race = Race(FixedSchedule({0.5: 0.5}), num_candidates=4)
+    race.begin(race.next_batch())
+    race.decide(0.5, range(4), torch.arange(4.0))  # and then memory ran out
+    for part, scores in ((range(2), [0.1, 0.9]), (range(2, 4), [0.8, 0.2])):
+        race.begin(part)
+        (row,) = race.decide(0.5, (0, 1), torch.tensor(scores))
+        race.finish([row], [scores[row]])
+    assert race.finals == {1: pytest.approx(0.9), 2: pytest.approx(0.8)} and not race.next_batch()
+    assert race.previews[0] == {0.5: pytest.approx(0.1)} and len(race.previews) == 4
 
 
 def test_no_previews_are_paid_for_that_can_stop_nobody():
     previews, finals = draw_tables(CURVES["middling"], 1, 16)
     run = {"preview_scores": previews[0], "final_scores": finals[0], "step_fractions": FRACTIONS, "preview_cost": 0.1}
     for policy in (RacingPolicy(), FixedSchedule({0.5: 0.5})):
-        alone = replay(**run, policy=policy, max_batch_size=1)
+        alone = replay(**run, policy=policy, limits=Limits(max_batch_size=1))
         assert alone.cost == pytest.approx(16) and alone.winners == (int(finals[0].argmax()),)
         all_wanted = replay(**run, policy=policy, num_candidates=4, num_images=4)
         assert all_wanted.cost == pytest.approx(4)
     assert needs_previews(RacingPolicy(), 4, 4, is_last=False), "a later wave learns from them"
     assert not needs_previews(RacingPolicy(), 4, 4, is_last=True)
-    assert needs_previews(RacingPolicy(finished=(0.9,)), 4, 4, is_last=True)
+    assert needs_previews(RacingPolicy(run=RunFacts(finished=(0.9,))), 4, 4, is_last=True)
 
 
 def test_a_wave_is_what_the_budget_can_bring_to_the_end():
-    assert next_wave(16) == 16 and next_wave(16, started=16, spent=7.0) == 0
-    assert next_wave(16, max_batch_size=6) == 6 and next_wave(16, started=12, max_batch_size=6) == 4
-    assert next_wave(17, max_batch_size=8) == 6 and next_wave(17, started=12, max_batch_size=8) == 5
-    assert next_wave(16, budget=math.inf) == 16
-    assert next_wave(16, started=16, spent=9.0, budget=math.inf, max_batch_size=8) == 8
-    assert next_wave(16, budget=10) == 10 and next_wave(16, started=10, spent=5.5, budget=10) == 4
-    assert next_wave(16, started=16, spent=8.2, budget=16) == 7
-    assert next_wave(16, started=16, spent=8.2, budget=16, candidate_cost=1.2) == 6
-    assert next_wave(4, budget=9) == 4 and next_wave(4, started=4, spent=2.5, budget=9) == 6
-    assert next_wave(4, started=9, spent=8.5, budget=9) == 0
+    assert next_batch_size(16) == 16 and next_batch_size(16, started=16, spent=7.0) == 0
+    assert next_batch_size(16, max_batch_size=6) == 6 and next_batch_size(16, started=12, max_batch_size=6) == 4
+    assert next_batch_size(17, max_batch_size=8) == 6 and next_batch_size(17, started=12, max_batch_size=8) == 5
+    assert next_batch_size(16, budget=math.inf) == 16
+    assert next_batch_size(16, started=16, spent=9.0, budget=math.inf, max_batch_size=8) == 8
+    assert next_batch_size(16, budget=10) == 10 and next_batch_size(16, started=10, spent=5.5, budget=10) == 4
+    assert next_batch_size(16, started=16, spent=8.2, budget=16) == 7
+    assert next_batch_size(16, started=16, spent=8.2, budget=16, candidate_cost=1.2) == 6
+    assert next_batch_size(4, budget=9) == 4 and next_batch_size(4, started=4, spent=2.5, budget=9) == 6
+    assert next_batch_size(4, started=9, spent=8.5, budget=9) == 0
 
 
 @pytest.mark.parametrize(
@@ -507,7 +533,6 @@ def test_a_wave_is_what_the_budget_can_bring_to_the_end():
         (lambda p, f: replay(p[:, :3], f, FRACTIONS), r"got \[16, 3\], \[16\] and \[7\]"),
         (lambda p, f: replay(p, f, FRACTIONS, num_candidates=17), "17 and 16 rows"),
         (lambda p, f: replay(p, f, FRACTIONS, num_images=0), "got 0"),
-        (lambda p, f: replay(p.masked_fill(p > 1, NAN), f, FRACTIONS), "complete"),
         (lambda p, f: replay(p, f, FRACTIONS[::-1]), "ascend"),
         (lambda p, f: PreviewProfile.fit(p, f, FRACTIONS, groups=[1, 2]), "16 candidates, got 2"),
         (lambda p, f: RacingPolicy(risk=1.0), "risk must be in .0, 1., got 1.0"),

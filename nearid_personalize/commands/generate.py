@@ -67,7 +67,6 @@ def guarded(
     from nearid_personalize.floors.copies import COPY_LIMIT
     from nearid_personalize.guard.guard import IdentityGuard
     from nearid_personalize.guard.policy import DEFAULT_POLICY
-    from nearid_personalize.guard.race import preview_profile
     from nearid_personalize.guard.result import NothingAcceptedWarning
 
     subject = enrolled(scorer, references, options)
@@ -98,9 +97,8 @@ def guarded(
             num_inference_steps=options.steps,
             **guidance,
         )
-    if options.preview_profile is not None and (learnt := preview_profile(result.candidates)):
-        known = profile.joined(learnt) if profile else learnt
-        write_atomically(options.preview_profile, json.dumps(known.to_dict()) + "\n")
+    if options.preview_profile is not None and guard.profile is not None:
+        write_atomically(options.preview_profile, json.dumps(guard.profile.to_dict()) + "\n")
     return result
 
 

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from nearid_personalize.guard.policy import RacingPolicy as RacingPolicy
     from nearid_personalize.guard.policy import StoppingPolicy as StoppingPolicy
     from nearid_personalize.guard.profile import PreviewProfile as PreviewProfile
+    from nearid_personalize.guard.profile import RunFacts as RunFacts
+    from nearid_personalize.guard.race import Race as Race
+    from nearid_personalize.guard.replays import Limits as Limits
     from nearid_personalize.guard.replays import Replay as Replay
     from nearid_personalize.guard.replays import replay as replay
     from nearid_personalize.guard.result import Candidate as Candidate
@@ -23,6 +26,8 @@ _HOME_OF = {
     "Candidate": "result",
     "Cost": "result",
     "FixedSchedule": "policy",
+    "Limits": "replays",
+    "Race": "race",
     "RaceProgress": "result",
     "GuardResult": "result",
     "GuardResults": "result",
@@ -30,6 +35,7 @@ _HOME_OF = {
     "PreviewProfile": "profile",
     "RacingPolicy": "policy",
     "Replay": "replays",
+    "RunFacts": "profile",
     "Status": "result",
     "StoppingPolicy": "policy",
     "replay": "replays",

@@ -17,17 +17,19 @@ import torch
 
 from nearid_personalize.errors import InputError
 from nearid_personalize.floors.base import Floor
+from nearid_personalize.guard.acceptance import Acceptance
+from nearid_personalize.guard.generation import Generation
 from nearid_personalize.guard.hooks import can_race, find_denoiser
 from nearid_personalize.guard.policy import DEFAULT_POLICY, StoppingPolicy
 from nearid_personalize.guard.profile import PreviewProfile
+from nearid_personalize.guard.race import Race
+from nearid_personalize.guard.result import GuardResult, GuardResults, NothingAcceptedWarning, Watch
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from nearid_personalize.scorer.scorer import IdentityScorer
     from nearid_personalize.scorer.subject import Subject
-from nearid_personalize.guard.race import _Race
-from nearid_personalize.guard.result import GuardResult, GuardResults, NothingAcceptedWarning, Watch
 
 # Pipeline arguments that would break "one seed, one candidate", with what to do instead.
 RESERVED_ARGUMENTS = {
@@ -56,7 +58,8 @@ class IdentityGuard:
             anybody, as in a batch of one, no previews are decoded, unless somebody watches.
         floors: what else a candidate must pass, e.g. `QualityFloor`; the first one failed is the reason told.
         profile: how previews foretell final scores on this base model, from `PreviewProfile.fit`; without one the
-            policy starts from a weak prior and learns from the candidates that finish.
+            policy starts from a weak prior. Either way it learns from the candidates that finish: every prompt and
+            every call of one guard adds to it.
         preview_vae: decodes previews in place of the pipeline's VAE: an `AutoencoderTiny` of the same latents.
         duplicate_limit: of accepted images this similar, see `floors.copy_similarity`, only the best stays accepted.
     """
@@ -75,6 +78,10 @@ class IdentityGuard:
     ) -> None:
         if max_batch_size < 1:
             raise InputError(f"max_batch_size must be at least 1, got {max_batch_size}")
+        if policy is not None and not isinstance(policy, StoppingPolicy):
+            raise InputError(
+                f"policy is a {type(policy).__name__}; derive it from nearid_personalize.guard.StoppingPolicy"
+            )
         find_denoiser(pipe)
         self.pipe = pipe
         self.scorer = scorer
@@ -100,31 +107,12 @@ class IdentityGuard:
             stacklevel=stacklevel + 1,
         )
 
+    # The type of the result follows from that of the prompt; the other arguments stand below
     @overload
-    def __call__(
-        self,
-        prompt: str | None = ...,
-        num_images: int = ...,
-        num_candidates: int | None = ...,
-        seed: int = ...,
-        budget: float | None = ...,
-        until_accepted: bool = ...,
-        watch: Watch | None = ...,
-        **pipeline_kwargs: Any,
-    ) -> GuardResult: ...
+    def __call__(self, prompt: str | None = ..., *arguments: Any, **more: Any) -> GuardResult: ...
 
     @overload
-    def __call__(
-        self,
-        prompt: list[str] | tuple[str, ...],
-        num_images: int = ...,
-        num_candidates: int | None = ...,
-        seed: int = ...,
-        budget: float | None = ...,
-        until_accepted: bool = ...,
-        watch: Watch | None = ...,
-        **pipeline_kwargs: Any,
-    ) -> GuardResults: ...
+    def __call__(self, prompt: list[str] | tuple[str, ...], *arguments: Any, **more: Any) -> GuardResults: ...
 
     def __call__(
         self,
@@ -149,44 +137,51 @@ class IdentityGuard:
         Other keyword arguments go to the pipeline untouched. Raises InputError for arguments that cannot work.
         """
         num_candidates = 4 * num_images if num_candidates is None else num_candidates
+        if until_accepted and budget is None:
+            budget = float(num_candidates)
         check_call(self.pipe, prompt, num_images, num_candidates, seed, budget, pipeline_kwargs)
         self._warn_if_nobody_races(stacklevel=2)
         arguments = {name: value for name, value in pipeline_kwargs.items() if name not in RESERVED_ARGUMENTS}
-        how: dict[str, Any] = {
-            "num_images": num_images,
-            "num_candidates": num_candidates,
-            "seed": seed,
-            "budget": float(num_candidates) if until_accepted and budget is None else budget,
-            "until_accepted": until_accepted,
-            "watch": watch,
-        }
+
+        def generate(of_one_prompt: dict[str, Any]) -> GuardResult:
+            race = Race(
+                policy=self.policy,
+                num_images=num_images,
+                num_candidates=num_candidates,
+                budget=budget,
+                threshold=self.subject.threshold if until_accepted else None,
+                profile=self.profile,
+            )
+            return self._generate(race, of_one_prompt, seed, watch)
+
         if not isinstance(prompt, (list, tuple)):
-            result = self._race({"prompt": prompt, **arguments}, **how)
+            result = generate({"prompt": prompt, **arguments})
             _warn_if_nothing_accepted([result])
             return result
-        results = GuardResults(
-            self._race({"prompt": one, **its_own}, **how)
-            for one, its_own in zip(prompt, _arguments_by_prompt(arguments, len(prompt)), strict=True)
-        )
+        by_prompt = _arguments_by_prompt(arguments, len(prompt))
+        results = GuardResults(generate({"prompt": one, **own}) for one, own in zip(prompt, by_prompt, strict=True))
         _warn_if_nothing_accepted(results)
         return results
 
-    def _race(
-        self,
-        arguments: dict[str, Any],
-        num_images: int,
-        num_candidates: int,
-        seed: int,
-        budget: float | None,
-        until_accepted: bool,
-        watch: Watch | None,
-    ) -> GuardResult:
+    def _generate(self, race: Race, arguments: dict[str, Any], seed: int, watch: Watch | None) -> GuardResult:
         """The result of one prompt."""
-        race = _Race(self, num_images, until_accepted, arguments, watch)
-        while begun := race.next_batch(num_candidates, budget):
-            first = seed + len(race.candidates)
-            race.run(range(first, first + begun))
-        return race.result(seed)
+        generation = Generation(
+            pipe=self.pipe,
+            arguments=arguments,
+            race=race,
+            acceptance=Acceptance(self.scorer, self.subject, tuple(self.floors), self.duplicate_limit),
+            first_seed=seed,
+            max_batch_size=self.max_batch_size,
+            preview_vae=self.preview_vae,
+            watch=watch,
+        )
+        try:
+            result = generation.run()
+            self.profile = race.learnt()
+            return result
+        finally:
+            # What fitted into memory is where the next call begins
+            self.max_batch_size = generation.max_batch_size
 
 
 def _warn_if_nothing_accepted(results: Sequence[GuardResult]) -> None:

@@ -204,7 +204,7 @@ def steps_at(fractions: Collection[float], num_steps: int) -> frozenset[int]:
         if not 0 < fraction <= 1:
             raise InputError(f"preview_at holds {fraction}; fractions of the denoising are in (0, 1]")
     # 0.3 * 10 is a hair above 3
-    return frozenset(max(1, math.ceil(fraction * num_steps - 1e-9)) for fraction in fractions)
+    return frozenset(max(1, math.ceil((fraction - 1e-6) * num_steps)) for fraction in fractions)
 
 
 class _Watch:

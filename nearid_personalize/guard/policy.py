@@ -1,15 +1,12 @@
-"""Who is accepted, and in which order: pure functions of scores.
+"""Who goes on in the middle of denoising: pure functions of preview scores.
 
 Scores are identity similarities: cosine in [-1, 1], larger = more alike. NaN stands for "never scored".
 """
 
-from __future__ import annotations
-
 import math
-import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,55 +14,38 @@ from torch import BoolTensor, FloatTensor, Tensor
 from torch.nn.functional import pad
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.guard.profile import PreviewProfile, Relation, _check_fractions, full_spread
+from nearid_personalize.guard.profile import (
+    NOTHING_KNOWN,
+    PreviewProfile,
+    Relation,
+    RunFacts,
+    check_fractions,
+    full_spread,
+)
+
+STEP_FRACTIONS = (0.3, 0.5, 0.7)
+"""When a policy that does not say is asked."""
 
 
-class StoppingPolicy(Protocol):
-    """Decides in the middle of denoising which candidates go on."""
+class StoppingPolicy(ABC):
+    """Decides in the middle of denoising which candidates go on. Of your own: derive from it and write `decide`."""
 
+    @property
+    def step_fractions(self) -> tuple[float, ...]:
+        """When to ask, in (0, 1), ascending."""
+        return STEP_FRACTIONS
+
+    def informed(self, profile: PreviewProfile | None, run: RunFacts = NOTHING_KNOWN) -> "StoppingPolicy":
+        """The policy for the next batch, which may know more: of previews, and of the race at hand."""
+        return self
+
+    def keeps_at_least(self, num_started: int, num_images: int) -> int:
+        """How many of a batch go on whatever their previews; 0: it may stop anybody."""
+        return 0
+
+    @abstractmethod
     def decide(self, step_fraction: float, preview_scores: FloatTensor, num_images: int) -> BoolTensor:
         """Return `[N]`, True = goes on, from previews `[N]` (NaN = already stopped) at `step_fraction` in (0, 1)."""
-        ...
-
-
-def next_wave(
-    num_candidates: int,
-    started: int = 0,
-    spent: float = 0.0,
-    budget: float | None = None,
-    max_batch_size: int | None = None,
-    candidate_cost: float = 1.0,
-) -> int:
-    """How many new seeds may start now; 0 ends the run.
-
-    Without a budget, what is left of `num_candidates`: what stopped candidates save stays saved. With a `budget` (in
-    full candidates, like `spent`), as many as could all run to the end within what is left of it, also beyond
-    `num_candidates`: so it is never exceeded, whatever the policy does. `candidate_cost`: one that runs to the end.
-    `max_batch_size`: the largest wave; waves are of one size, as far as that goes: 17 candidates are 6, 6 and 5.
-    """
-    limits = [math.inf]
-    if budget is None or started < num_candidates:
-        limits.append(num_candidates - started)
-    if budget is not None:
-        # The small addition keeps 16 - 13.000000000000002 at three candidates.
-        limits.append((budget - spent) / candidate_cost + 1e-9)
-    left = math.floor(max(0, min(*limits, sys.maxsize)))  # a budget may be infinite
-    if max_batch_size is None or left <= max_batch_size:
-        return left
-    # Waves of one size: 8, 8, 1 would leave a last candidate that has nobody to race
-    return math.ceil(left / math.ceil(left / max_batch_size))
-
-
-def needs_previews(policy: StoppingPolicy, num_started: int, num_images: int, is_last: bool) -> bool:
-    """Whether previews of a wave can change anything: stop somebody, or teach the policy for a later wave.
-
-    A wave of one is the last one, or one of many that can stop nobody either. A policy that does not say how many it
-    keeps (`keeps_at_least`) may stop anybody.
-    """
-    keeps_at_least = getattr(policy, "keeps_at_least", None)
-    if keeps_at_least is None or num_started > keeps_at_least(num_started, num_images):
-        return True
-    return not is_last and num_started > 1
 
 
 def chance_among_best(
@@ -100,50 +80,44 @@ def chance_among_best(
 
 
 @dataclass(frozen=True)
-class RacingPolicy:
+class RacingPolicy(StoppingPolicy):
     """Stops candidates whose chance to end among the wanted ones is small.
 
-    risk: in [0, 1), the share of the wanted images that stopping may cost, expected over a whole run. Each of the
-    decisions gets an equal part of it and stops candidates, the least likely first, while their chances to end among
-    the `num_images` best add up to no more than that part of `num_images`.
-    step_fractions: in (0, 1), when to ask.
-    prior: (fraction, correlation of preview with final score), linear in between and from (0, 0) to (1, 1): what is
-    believed before anyone has finished, between what was measured on SDXL, FLUX.1 and the mini-world.
-    prior_weight: how many finished candidates it counts as, > 0.
-    profile, finished, threshold: what is known, see `informed`.
+    Each decision stops candidates, the least likely first, while their chances to end among the `num_images` best add
+    up to no more than its share of `risk`.
     """
 
     risk: float = 0.16
+    """In [0, 1): the share of the wanted images that stopping may cost, expected over a whole race."""
     step_fractions: tuple[float, ...] = (0.3, 0.4, 0.55, 0.7)
+    """In (0, 1), ascending: when to ask. Each time gets an equal part of the risk."""
     prior: tuple[tuple[float, float], ...] = ((0.2, 0.22), (0.3, 0.42), (0.5, 0.68), (0.7, 0.85), (0.9, 0.975))
+    """What is believed before anyone has finished: (fraction, correlation of preview with final score), linear in
+    between and from (0, 0) to (1, 1). It lies between what was measured on SDXL, FLUX.1 and the mini-world."""
     prior_weight: float = 16.0
+    """How many finished candidates the prior counts as, > 0."""
     profile: PreviewProfile | None = None
-    finished: tuple[float, ...] = ()
-    threshold: float | None = None
+    """What is known of previews, see `informed`."""
+    run: RunFacts = NOTHING_KNOWN
+    """What is known of the race at hand, see `informed`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.risk < 1:
             raise InputError(f"risk must be in [0, 1), got {self.risk}")
         if not self.prior_weight > 0:
             raise InputError(f"prior_weight must be above 0, got {self.prior_weight}")
-        _check_fractions(self.step_fractions)
+        check_fractions(self.step_fractions)
 
-    def informed(
-        self, profile: PreviewProfile | None, finished: Sequence[float] = (), threshold: float | None = None
-    ) -> RacingPolicy:
+    def informed(self, profile: PreviewProfile | None, run: RunFacts = NOTHING_KNOWN) -> "RacingPolicy":
         """The policy that knows more.
 
-        profile: of this base model; as soon as candidates of this run have finished, theirs, or the saved one
-        `.joined` with theirs, so that its last group is this run.
-        finished: final scores of this run's finished candidates, who compete for the wanted places at no more cost.
-        threshold: accept threshold in "until accepted" mode: only scores at or above it are wanted.
-        Finished scores and the threshold count once the profile tells at what level previews of this run end.
+        Finished scores and the threshold of `run` count once its levels tell where previews of this race end.
         """
-        return replace(self, profile=profile, finished=tuple(finished), threshold=threshold)
+        return replace(self, profile=profile, run=run)
 
     def keeps_at_least(self, num_started: int, num_images: int) -> int:
         """How many of a wave go on whatever their previews: those still missing from the finished, and one."""
-        return max(1, num_images - len(self.finished))
+        return max(1, num_images - len(self.run.finished))
 
     def decide(self, step_fraction: float, preview_scores: FloatTensor, num_images: int) -> BoolTensor:
         """See `StoppingPolicy`. A higher preview is never stopped while a lower one goes on; equal ones share a fate.
@@ -167,13 +141,12 @@ class RacingPolicy:
         correlation, scale = self.relation(step_fraction, known)
         spread, sample = full_spread(previews, num_started), len(previews)
         preview_level, final_level = float(previews.mean()), 0.0
-        finished, threshold = self.finished, self.threshold
-        if finished and known and known.knows_level:
-            (preview_level,), (final_level,) = known.preview_level, known.final_level
-            # a wave after the first may be too small to tell its spread
-            spread = (
-                math.sqrt((spread**2 + known.preview_spread[0] ** 2) / 2) if sample > 2 else known.preview_spread[0]
-            )
+        finished, threshold = self.run.finished, self.run.threshold
+        level = self.run.levels.get(step_fraction)
+        if finished and level is not None and level.is_known:
+            preview_level, final_level = level.preview, level.final
+            # A batch after the first may be too small to tell its spread
+            spread = math.sqrt((spread**2 + level.spread**2) / 2) if sample > 2 else level.spread
             sample += len(finished)
         else:
             finished, threshold = (), None
@@ -195,7 +168,7 @@ class RacingPolicy:
 
 
 @dataclass(frozen=True)
-class FixedSchedule:
+class FixedSchedule(StoppingPolicy):
     """Keeps a fixed share at fixed fractions, the best by preview.
 
     share_kept: {fraction of the steps in (0, 1): share in (0, 1] of those still going that goes on, rounded up};
@@ -205,7 +178,7 @@ class FixedSchedule:
     share_kept: Mapping[float, float] = field(default_factory=lambda: {0.5: 0.5})
 
     def __post_init__(self) -> None:
-        _check_fractions(self.step_fractions)
+        check_fractions(self.step_fractions)
         for fraction, share in self.share_kept.items():
             if not 0 < share <= 1:
                 raise InputError(f"share_kept at {fraction} must be in (0, 1], got {share}")
@@ -234,7 +207,3 @@ class FixedSchedule:
 
 
 DEFAULT_POLICY = RacingPolicy()
-
-
-STEP_FRACTIONS = (0.3, 0.5, 0.7)
-"""When a policy that does not say is asked."""

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -14,7 +14,9 @@ from torch import Tensor
 from nearid_personalize.errors import InputError
 
 
-def _table(preview_scores: Tensor, final_scores: Tensor, step_fractions: Sequence[float]) -> tuple:
+def checked_table(
+    preview_scores: Tensor, final_scores: Tensor, step_fractions: Sequence[float]
+) -> tuple[Tensor, Tensor, tuple[float, ...]]:
     """Float64 previews `[M, S]` and finals `[M]`, and fractions `[S]`, or InputError."""
     previews, finals = torch.as_tensor(preview_scores).double(), torch.as_tensor(final_scores).double()
     fractions = tuple(map(float, step_fractions))
@@ -23,21 +25,65 @@ def _table(preview_scores: Tensor, final_scores: Tensor, step_fractions: Sequenc
             "preview_scores must be [M, S], final_scores [M] and step_fractions [S], "
             f"got {list(previews.shape)}, {list(finals.shape)} and [{len(fractions)}]"
         )
-    _check_fractions(fractions)
+    check_fractions(fractions)
     return previews, finals, fractions
 
 
-def _check_fractions(fractions: Sequence[float]) -> None:
+def check_fractions(fractions: Sequence[float]) -> None:
     if not fractions or not all(a < b for a, b in itertools.pairwise((0.0, *fractions))) or fractions[-1] > 1:
         raise InputError(f"step_fractions must ascend within (0, 1], got {list(fractions)}")
 
 
 class Relation(NamedTuple):
-    """Correlation in [-1, 1], spread of finals over spread of previews, and how many candidates that rests on."""
+    """How previews at one fraction go with final scores."""
 
     correlation: float
+    """In [-1, 1]."""
     scale: float
+    """Spread of finals over spread of previews."""
     weight: float
+    """How many finished candidates that rests on."""
+
+
+class Level(NamedTuple):
+    """Where the previews of one race lie at one fraction: raw scores; NaN where unknown."""
+
+    preview: float
+    """Mean preview of its finished candidates."""
+    final: float
+    """Mean final score of the same."""
+    spread: float
+    """Standard deviation of the previews of all its candidates."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether nothing of it is NaN."""
+        return all(map(math.isfinite, self))
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of the race at hand alone, which says nothing of other races."""
+
+    finished: tuple[float, ...] = ()
+    """Final scores of finished candidates that compete for the wanted places."""
+    threshold: float | None = None
+    """Only scores at or above it are wanted; None: any."""
+    levels: Mapping[float, Level] = field(default_factory=dict)
+    """By step fraction."""
+
+
+NOTHING_KNOWN = RunFacts()
+"""Of a race that begins."""
+
+
+class _Sums(NamedTuple):
+    """What one race tells at one fraction, in units of the spread of its previews."""
+
+    freedom: float
+    preview_squares: float
+    products: float
+    final_squares: float
 
 
 @dataclass(frozen=True)
@@ -46,20 +92,18 @@ class PreviewProfile:
 
     Everything is within groups (one subject and prompt each, as scores of different subjects sit at different levels)
     and in units of the group's own preview spread, so that groups of any scale add up; one entry per fraction of the
-    steps, ascending. `freedom`: finished candidates less groups. `preview_squares`, `products`, `final_squares`: sums
-    of squares and products of deviations from the group's means. The last three, absent from what is saved, describe
-    the last group alone, the run at hand: mean preview and mean final score of its finished candidates, and the
-    standard deviation of the previews of all its candidates; NaN where unknown.
+    steps, ascending.
     """
 
     step_fractions: tuple[float, ...]
     freedom: tuple[float, ...]
+    """Finished candidates less groups."""
     preview_squares: tuple[float, ...]
+    """Sums of squared deviations of previews from their group's mean."""
     products: tuple[float, ...]
+    """Sums of products of the deviations of previews and finals."""
     final_squares: tuple[float, ...]
-    preview_level: tuple[float, ...] = ()
-    final_level: tuple[float, ...] = ()
-    preview_spread: tuple[float, ...] = ()
+    """Sums of squared deviations of finals."""
 
     @classmethod
     def fit(
@@ -75,46 +119,51 @@ class PreviewProfile:
         Stopped candidates tell how widely previews spread; the relation is learnt from the finished ones.
         Raises InputError for shapes that do not fit, or fractions that do not ascend within (0, 1].
         """
-        previews, finals, fractions = _table(preview_scores, final_scores, step_fractions)
-        labels = [None] * len(finals) if groups is None else list(groups)
-        if len(labels) != len(finals):
-            raise InputError(f"groups must name one group for each of the {len(finals)} candidates, got {len(labels)}")
-        rows: dict[Hashable, list[int]] = {}
-        for row, label in enumerate(labels):
-            rows.setdefault(label, []).append(row)
-        per_group = [[_moments(previews[r, s], finals[r]) for s in range(len(fractions))] for r in rows.values()]
-        sums = torch.tensor(per_group, dtype=torch.float64).reshape(-1, len(fractions), 7)[..., :4].sum(0)
-        level = [m[4:] for m in per_group[-1]] if per_group else [(math.nan,) * 3] * len(fractions)
-        return cls(fractions, *map(tuple, sums.T.tolist()), *zip(*level, strict=True))
+        previews, finals, fractions = checked_table(preview_scores, final_scores, step_fractions)
+        per_fraction = []
+        rows_of = rows_by_group(groups, len(finals)).values()
+        for column in range(len(fractions)):
+            sums = torch.zeros(len(_Sums._fields), dtype=torch.float64)
+            for rows in rows_of:
+                sums += torch.tensor(_sums(previews[rows, column], finals[rows]), dtype=torch.float64)
+            per_fraction.append(_Sums(*sums.tolist()))
+        return cls._of(fractions, per_fraction)
+
+    @classmethod
+    def _of(cls, step_fractions: Sequence[float], sums: Sequence[_Sums]) -> "PreviewProfile":
+        return cls(
+            step_fractions=tuple(step_fractions),
+            freedom=tuple(at.freedom for at in sums),
+            preview_squares=tuple(at.preview_squares for at in sums),
+            products=tuple(at.products for at in sums),
+            final_squares=tuple(at.final_squares for at in sums),
+        )
 
     def at(self, step_fractions: Sequence[float]) -> "PreviewProfile":
         """The same knowledge at other fractions: linear between the recorded ones, the nearest beyond them.
 
         Before the first recorded one the products, hence the correlation, fall linearly to 0 at the start.
         """
-
-        def interpolated(values: Sequence[float]) -> np.ndarray:
-            return np.interp(step_fractions, self.step_fractions, values) if values else np.array([])
-
         early = np.minimum(1.0, np.asarray(step_fractions) / self.step_fractions[0])
-        values = {f.name: interpolated(getattr(self, f.name)) for f in fields(self) if f.name != "step_fractions"}
+        values: dict[str, np.ndarray] = {}
+        for name in _Sums._fields:
+            values[name] = np.interp(step_fractions, self.step_fractions, getattr(self, name))
         values["products"] = values["products"] * early
         return PreviewProfile(tuple(step_fractions), **{name: tuple(v.tolist()) for name, v in values.items()})
 
-    def joined(self, run: "PreviewProfile") -> "PreviewProfile":
-        """What this profile and the run at hand know together, at the run's fractions; the last group is the run's."""
-        mine = self.at(run.step_fractions)
-        sums = {
-            name: tuple(a + b for a, b in zip(getattr(mine, name), getattr(run, name), strict=True))
-            for name in SAVED_FIELDS[1:]
-        }
-        return replace(run, **sums)
+    def joined(self, other: "PreviewProfile") -> "PreviewProfile":
+        """What both know together, at the fractions of either; `other` counts at its own fractions alone."""
+        fractions = tuple(sorted({*self.step_fractions, *other.step_fractions}))
+        place_of = {fraction: place for place, fraction in enumerate(other.step_fractions)}
+        sums: dict[str, tuple[float, ...]] = {}
+        for name, mine in self.at(fractions)._sums().items():
+            theirs = getattr(other, name)
+            both = [m + (theirs[place_of[f]] if f in place_of else 0.0) for f, m in zip(fractions, mine, strict=True)]
+            sums[name] = tuple(both)
+        return PreviewProfile(fractions, **sums)
 
-    @property
-    def knows_level(self) -> bool:
-        """Whether it tells at what scores the run at hand ends and how widely its previews spread."""
-        levels = (*self.preview_level, *self.final_level, *self.preview_spread)
-        return bool(levels) and all(map(math.isfinite, levels))
+    def _sums(self) -> dict[str, tuple[float, ...]]:
+        return {name: getattr(self, name) for name in _Sums._fields}
 
     def correlation(self) -> tuple[float, ...]:
         """Correlation of preview with final score, in [-1, 1], for a group that nobody was stopped in; 0: unknown."""
@@ -132,7 +181,7 @@ class PreviewProfile:
         return Relation(slope / scale, scale, weight) if scale > 0 else Relation(0.0, 1.0, 0.0)
 
     def to_dict(self) -> dict[str, list[float]]:
-        """Plain values, for JSON; the run at hand, which means nothing elsewhere, is left out."""
+        """Plain values, for JSON."""
         return {name: list(getattr(self, name)) for name in SAVED_FIELDS}
 
     @classmethod
@@ -149,11 +198,11 @@ class PreviewProfile:
                 raise InputError(f"preview profile: {name} must be a list of finite numbers, got {numbers!r}")
             if len(numbers) != len(values["step_fractions"]):
                 raise InputError(f"preview profile: {name} has {len(numbers)} entries, step_fractions another number")
-        _check_fractions(values["step_fractions"])
+        check_fractions(values["step_fractions"])
         return cls(**{name: tuple(map(float, values[name])) for name in SAVED_FIELDS})
 
 
-SAVED_FIELDS = ("step_fractions", "freedom", "preview_squares", "products", "final_squares")
+SAVED_FIELDS = ("step_fractions", *_Sums._fields)
 
 
 # How well two previews in a row agree: stopped candidates were the lowest by the earlier one (measured previews of
@@ -178,16 +227,45 @@ def full_spread(scores: Tensor, num_started: int) -> float:
     return spread / math.sqrt(1 - PREVIEW_AGREEMENT**2 * (hazard**2 - z * hazard))
 
 
-def _moments(previews: Tensor, finals: Tensor) -> tuple[float, ...]:
-    """One group at one fraction: freedom, squares and products in units of its spread; then its levels and spread."""
+def rows_by_group(groups: Sequence[Hashable] | None, num_rows: int) -> dict[Hashable, list[int]]:
+    """Row numbers of each group, in order of first appearance; None: all rows are one group.
+
+    Raises InputError where there is not one label for each row.
+    """
+    labels = [None] * num_rows if groups is None else list(groups)
+    if len(labels) != num_rows:
+        raise InputError(f"groups must name one group for each of the {num_rows} candidates, got {len(labels)}")
+    rows: dict[Hashable, list[int]] = {}
+    for row, label in enumerate(labels):
+        rows.setdefault(label, []).append(row)
+    return rows
+
+
+def levels_of(previews: Tensor, finals: Tensor, step_fractions: Sequence[float]) -> dict[float, Level]:
+    """Where one race lies: previews `[M, S]`, finals `[M]`; NaN where one was stopped."""
+    levels = {}
+    for column, fraction in enumerate(step_fractions):
+        seen = previews[:, column].double()
+        both = ~(seen.isnan() | finals.isnan())
+        spread = full_spread(seen[~seen.isnan()], len(seen))
+        levels[fraction] = Level(float(seen[both].mean()), float(finals[both].double().mean()), spread)
+    return levels
+
+
+def _sums(previews: Tensor, finals: Tensor) -> _Sums:
+    """One group at one fraction: previews and finals `[M]`, NaN where one was stopped."""
     previewed = previews[~previews.isnan()]
     both = ~(previews.isnan() | finals.isnan())
     spread, n = full_spread(previewed, len(previews)), len(previewed)
     if not spread > 0 or n < 4 or not both.any():
-        return (0.0, 0.0, 0.0, 0.0, math.nan, math.nan, spread)
+        return _Sums(0.0, 0.0, 0.0, 0.0)
     x, y = previews[both], finals[both]
-    # an estimated variance is on average (n - 1) / (n - 3) too large in its inverse, and so would the errors be
+    # An estimated variance is on average (n - 1) / (n - 3) too large in its inverse, and so would the errors be
     unit = spread * math.sqrt((n - 1) / (n - 3))
     dx, dy = (x - x.mean()) / unit, (y - y.mean()) / unit
-    sums = (dx @ dx, dx @ dy, dy @ dy)
-    return (len(x) - 1.0, *map(float, sums), float(x.mean()), float(y.mean()), spread)
+    return _Sums(
+        freedom=len(x) - 1.0,
+        preview_squares=float(dx @ dx),
+        products=float(dx @ dy),
+        final_squares=float(dy @ dy),
+    )

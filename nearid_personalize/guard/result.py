@@ -27,34 +27,37 @@ class NothingAcceptedWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Candidate:
-    """One generated image and what became of it.
-
-    score: cosine in [-1, 1]: of the image, or of the last preview when it was stopped. NaN: nothing was scored, as when
-    a safety checker replaced the image by a black one.
-    stopped_at_step: finished denoising steps, for status "stopped" alone, which has no `image`. previews: score of the
-    predicted clean picture by step fraction in (0, 1). last_preview: what a stopped candidate looked like.
-    """
+    """One generated image and what became of it."""
 
     seed: int
     score: float
+    """Cosine in [-1, 1]: of the image, or of the last preview when it was stopped. NaN: nothing was scored, as when a
+    safety checker replaced the image by a black one."""
     status: Status
     stopped_at_step: int | None
+    """Finished denoising steps, for status "stopped" alone."""
     image: Image.Image | None
+    """None for status "stopped"."""
     reason: str
+    """Why it was not accepted; empty when it was."""
     previews: Mapping[float, float] = field(default_factory=dict)
+    """Score of the predicted clean picture, by step fraction in (0, 1)."""
     last_preview: Image.Image | None = None
+    """What a stopped candidate looked like."""
+    failed_floor: bool = False
+    """Whether a floor rejected it, though its score was high enough."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Compute spent: rows (samples) that went through the denoiser, with CFG two per candidate and step.
-
-    `denoiser_rows_best_of_n` is what running every candidate to the end takes; `seconds` is wall time by stage.
-    """
+    """Compute spent."""
 
     denoiser_rows: int
+    """Rows (samples) that went through the denoiser, with classifier-free guidance two per candidate and step."""
     denoiser_rows_best_of_n: int
+    """What running every candidate to the end takes."""
     seconds: dict[str, float]
+    """Wall time by stage."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class GuardResult:
     @property
     def ranked(self) -> tuple[Candidate, ...]:
         """Every candidate, best first: accepted, duplicates, rejected (a failed floor last), stopped."""
-        return tuple(sorted(self.candidates, key=lambda c: _rank(c, self.threshold)))
+        return tuple(sorted(self.candidates, key=_rank))
 
     @property
     def accepted(self) -> tuple[Candidate, ...]:
@@ -123,14 +126,13 @@ class GuardResults(tuple[GuardResult, ...]):
 _ORDER: dict[Status, int] = {"accepted": 0, "duplicate": 1, "rejected": 2, "stopped": 3}
 
 
-def _rank(candidate: Candidate, threshold: float) -> tuple[int, bool, bool, float]:
+def _rank(candidate: Candidate) -> tuple[int, bool, bool, float]:
     """Sorting key, best first: by status, then, of rejected ones, those that failed a floor last, then by score.
 
     Candidates without a score come last of their status.
     """
     unscored = math.isnan(candidate.score)
-    failed_floor = candidate.status == "rejected" and candidate.score >= threshold
-    return _ORDER[candidate.status], unscored, failed_floor, 0.0 if unscored else -candidate.score
+    return _ORDER[candidate.status], unscored, candidate.failed_floor, 0.0 if unscored else -candidate.score
 
 
 def _joined(images: Sequence[Any]) -> Any:
