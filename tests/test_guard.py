@@ -175,6 +175,15 @@ def test_candidates_that_go_on_are_those_of_the_plain_pipeline(halving, pipe, ma
     assert result.cost.seconds["preview"] > 0
 
 
+def test_a_guard_learns_from_prompt_to_prompt_and_from_call_to_call(halving):
+    call = {"num_images": 1, "num_candidates": 6, "num_inference_steps": 4}
+    assert halving.profile is None
+    halving(["sks dog", "a cat"], **call)
+    assert halving.profile.step_fractions == (0.5,) and halving.profile.freedom == (4.0,)  # 3 finished of each
+    halving("a dog", **call)
+    assert halving.profile.freedom == (6.0,)
+
+
 def test_the_better_half_by_preview_goes_on(halving):
     result = halving("sks dog", num_images=1, num_candidates=6, num_inference_steps=4)
     on = [c.previews[0.5] for c in result.candidates if c.status != "stopped"]

@@ -232,6 +232,7 @@ def test_rejected_in_the_loop_and_re_ranked_at_the_end(family, saved, scorer, su
     state = pipe(**modular_call(family, **guard))
 
     assert sorted(state.stopped_at.values()) == [1, 2] and len(state.rows) == 2
+    assert state.profile.step_fractions == (0.25, 0.5) and state.profile.freedom == (1.0, 0.0)
     assert {*state.stopped_at, *state.rows} == {0, 1, 2, 3}
     assert sorted(set(seen), reverse=True) == [4, 3, 2] and seen == sorted(seen, reverse=True)
     scores = scorer.score(rows, subject)
@@ -335,7 +336,7 @@ def test_diffusers_own_blocks_stay_as_they_are():
     assert list(loop.sub_blocks) == ["denoiser", "after_denoiser"]
 
 
-class Nobody:
+class Nobody(StoppingPolicy):
     def decide(self, step_fraction, preview_scores, num_images):
         return torch.zeros(len(preview_scores), dtype=torch.bool)
 

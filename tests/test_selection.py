@@ -535,6 +535,7 @@ def test_a_wave_is_what_the_budget_can_bring_to_the_end():
         (lambda p, f: replay(p, f, FRACTIONS, num_images=0), "got 0"),
         (lambda p, f: replay(p, f, FRACTIONS[::-1]), "ascend"),
         (lambda p, f: PreviewProfile.fit(p, f, FRACTIONS, groups=[1, 2]), "16 candidates, got 2"),
+        (lambda p, f: replay(p, f, FRACTIONS, policy=object()), "derive it from nearid_personalize.guard.StoppingP"),
         (lambda p, f: RacingPolicy(risk=1.0), "risk must be in .0, 1., got 1.0"),
         (lambda p, f: RacingPolicy(prior_weight=0), "prior_weight"),
         (lambda p, f: RacingPolicy(step_fractions=(0.5, 0.4)), "ascend"),

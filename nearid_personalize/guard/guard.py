@@ -20,7 +20,7 @@ from nearid_personalize.floors.base import Floor
 from nearid_personalize.guard.acceptance import Acceptance
 from nearid_personalize.guard.generation import Generation
 from nearid_personalize.guard.hooks import can_race, find_denoiser
-from nearid_personalize.guard.policy import DEFAULT_POLICY, StoppingPolicy
+from nearid_personalize.guard.policy import DEFAULT_POLICY, StoppingPolicy, check_policy
 from nearid_personalize.guard.profile import PreviewProfile
 from nearid_personalize.guard.race import Race
 from nearid_personalize.guard.result import GuardResult, GuardResults, NothingAcceptedWarning, Watch
@@ -78,10 +78,7 @@ class IdentityGuard:
     ) -> None:
         if max_batch_size < 1:
             raise InputError(f"max_batch_size must be at least 1, got {max_batch_size}")
-        if policy is not None and not isinstance(policy, StoppingPolicy):
-            raise InputError(
-                f"policy is a {type(policy).__name__}; derive it from nearid_personalize.guard.StoppingPolicy"
-            )
+        check_policy(policy)
         find_denoiser(pipe)
         self.pipe = pipe
         self.scorer = scorer

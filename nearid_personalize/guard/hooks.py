@@ -27,43 +27,8 @@ from nearid_personalize.errors import InputError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+from nearid_personalize.guard.families import family_of
 from nearid_personalize.guard.previews import TESTED_SCHEDULERS, decode_latents, predict_clean
-
-TESTED_PIPELINES = frozenset(
-    {
-        "StableDiffusionPipeline",
-        "StableDiffusionImg2ImgPipeline",
-        "StableDiffusionInpaintPipeline",
-        "StableDiffusionXLPipeline",
-        "StableDiffusion3Pipeline",
-        "FluxPipeline",
-        "Flux2Pipeline",
-        "QwenImagePipeline",
-        "ZImagePipeline",
-    }
-)
-"""Pipelines whose batch may shrink: the tests hold that the rows that go on come out as in a plain call."""
-
-
-_ENCODES_ONCE = frozenset(
-    {
-        "FluxImg2ImgPipeline",
-        "FluxInpaintPipeline",
-        "QwenImageImg2ImgPipeline",
-        "QwenImageInpaintPipeline",
-        "StableDiffusionInpaintPipeline",
-        "StableDiffusionXLInpaintPipeline",
-    }
-)
-"""Pipelines whose `_encode_vae_image` is asked once for the source picture of all rows."""
-
-
-_ENCODES_ROWS = _ENCODES_ONCE | {"StableDiffusionImg2ImgPipeline", "StableDiffusionXLImg2ImgPipeline"}
-"""Pipelines that start from a picture, and encode it for each row by its own generator, here or by themselves."""
-
-
-# Positions of tokens, the same for every row; their length may equal the number of rows by chance.
-_SHARED_BY_ROWS = frozenset({"txt_ids", "img_ids"})
 
 
 @dataclass(frozen=True)
@@ -137,7 +102,8 @@ def can_race(pipe: DiffusionPipeline) -> bool:
     change its batch, so neither can its pipeline.
     """
     scheduler = getattr(pipe, "scheduler", None)
-    tested = type(pipe).__name__ in TESTED_PIPELINES and type(scheduler).__name__ in TESTED_SCHEDULERS
+    family = family_of(pipe)
+    tested = family is not None and family.races and type(scheduler).__name__ in TESTED_SCHEDULERS
     return tested and not getattr(find_denoiser(pipe), "is_cache_enabled", False)
 
 
@@ -148,7 +114,8 @@ def can_batch(pipe: DiffusionPipeline) -> bool:
     not known to draw its latents and its noise by each row's generator.
     """
     starts_from_picture = {"strength", "noise_level"} & set(inspect.signature(pipe.__call__).parameters)
-    return not starts_from_picture or type(pipe).__name__ in _ENCODES_ROWS
+    family = family_of(pipe)
+    return not starts_from_picture or (family is not None and family.source != "none")
 
 
 def denoise(
@@ -220,6 +187,7 @@ class _Watch:
         preview_vae: torch.nn.Module | None,
     ) -> None:
         self.pipe = pipe
+        self.family = family_of(pipe)
         self.arguments = arguments
         self.generators = list(generators)
         self.num_rows = len(self.generators)
@@ -256,7 +224,7 @@ class _Watch:
             stack.enter_context(_replaced(scheduler, "step", step))
             if hasattr(scheduler, "noise_sampler_seed"):  # DPMSolverSDE: a Brownian tree for each row
                 stack.enter_context(_replaced(scheduler, "noise_sampler_seed", self.noise_seeds(scheduler)))
-            if type(self.pipe).__name__ in _ENCODES_ONCE:
+            if self.family is not None and self.family.source == "once":
                 encode = encoding_rows(self.pipe._encode_vae_image, self.num_rows)
                 stack.enter_context(_replaced(self.pipe, "_encode_vae_image", encode))
             yield
@@ -276,12 +244,15 @@ class _Watch:
         if len(self.rows) == self.num_rows:
             self.denoiser_rows += len(sample)
             return None
+        assert self.family is not None, "only known families race"
         halves, rest = divmod(len(sample), self.num_rows)
         assert rest == 0, f"a denoiser batch of {len(sample)} is no multiple of the {self.num_rows} candidates"
         index = [half * self.num_rows + row for half in range(halves) for row in self.rows]
         self.denoiser_rows += len(index)
         cut = functools.partial(_cut_rows, num_rows=len(sample), index=index)
-        return tuple(map(cut, args)), {k: v if k in _SHARED_BY_ROWS else cut(v) for k, v in kwargs.items()}
+        # Pipelines pass only what has rows by position
+        batched = {name: cut(value) for name, value in kwargs.items() if name in self.family.batched}
+        return tuple(map(cut, args)), kwargs | batched
 
     def after_denoiser(self, module: torch.nn.Module, args: tuple, output: Any) -> tuple | None:
         """Give the output one row per candidate again: that of the first row going on in place of each stopped one."""

@@ -48,6 +48,12 @@ class StoppingPolicy(ABC):
         """Return `[N]`, True = goes on, from previews `[N]` (NaN = already stopped) at `step_fraction` in (0, 1)."""
 
 
+def check_policy(policy: object) -> None:
+    """Raise InputError for what cannot be asked."""
+    if policy is not None and not isinstance(policy, StoppingPolicy):
+        raise InputError(f"policy {policy!r} is none; derive it from nearid_personalize.guard.StoppingPolicy")
+
+
 def chance_among_best(
     expected: Tensor,
     error: float,

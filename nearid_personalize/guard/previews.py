@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nearid_personalize.errors import InputError
+from nearid_personalize.guard.families import unpacked
 from nearid_personalize.images import to_tensor
 
 if TYPE_CHECKING:
@@ -132,20 +133,7 @@ def latents_for_vae(
 ) -> torch.Tensor:
     """Latents as a VAE of this configuration decodes them: `[n,C,h,w]`, tokens in their places, the scaling undone."""
     if latents.ndim == 3:
-        default = pipe.default_sample_size * pipe.vae_scale_factor
-        height, width = int(height or default), int(width or default)
-        side = 2 * pipe.vae_scale_factor  # of a token's patch, in pixels
-        if latents.shape[1] != (height // side) * (width // side):
-            raise InputError(
-                f"height, width: {latents.shape[1]} latent tokens are no picture of {height} x {width} pixels; "
-                "give the size that the pipeline was called with"
-            )
-        if type(pipe).__name__ == "Flux2Pipeline":
-            patches = latents.mT.unflatten(-1, (height // side, width // side))  # [n,4C,h/2,w/2]
-            norm = pipe.vae.bn
-            mean, variance = (value.view(1, -1, 1, 1).to(patches) for value in (norm.running_mean, norm.running_var))
-            return pipe._unpatchify_latents(patches * (variance + pipe.vae.config.batch_norm_eps).sqrt() + mean)
-        latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+        latents = unpacked(pipe, latents, height, width)
     scale, mean, std = config.get("scaling_factor", 1.0), config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
         return latents / scale + (config.get("shift_factor") or 0.0)

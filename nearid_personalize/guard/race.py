@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nearid_personalize.guard.policy import StoppingPolicy
+from nearid_personalize.guard.policy import StoppingPolicy, check_policy
 from nearid_personalize.guard.profile import PreviewProfile, RunFacts, levels_of
 
 # Fractions of the denoising that differ by less are one
@@ -58,6 +58,9 @@ class Race:
     """The policy as it knows things in this batch; None: no previews are worth their cost."""
     is_last: bool = field(default=False, init=False)
     """Whether no batch can follow the one under way."""
+
+    def __post_init__(self) -> None:
+        check_policy(self.policy)
 
     def next_batch(self, num_accepted: int | None = None) -> range:
         """The candidates to begin now; empty: the race is over.
