@@ -21,7 +21,7 @@ FLOORS = (
     ("miniworld",),
     ("scorer",),
     ("floors",),
-    ("driftmap", "embedding", "guard", "photos", "preferences", "rewards"),
+    ("driftmap", "embedding", "gate", "guard", "photos", "preferences", "rewards"),
     ("evaluation", "verification"),
     ("lora",),
     ("training",),

@@ -21,7 +21,6 @@ from nearid_personalize.demo.handlers import (
 )
 from nearid_personalize.demo.jobs import Job
 from nearid_personalize.demo.studio import (
-    FALSE_ACCEPT_RATES,
     TOKEN,
     CardRequest,
     DrawingRequest,
@@ -36,6 +35,7 @@ from nearid_personalize.images import IMAGE_SUFFIXES, load_image, save_image
 from nearid_personalize.lora.card import verdict
 from nearid_personalize.miniworld import CATEGORIES, example_references
 from nearid_personalize.report import finite_or_none
+from nearid_personalize.scorer.calibration import FALSE_ACCEPT_RATES
 
 MAX_PLACES = 8
 """Prompts of one report card."""

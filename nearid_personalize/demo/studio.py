@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 TOKEN = "sks"
 """The rare word that the page's LoRAs teach."""
 
-FALSE_ACCEPT_RATES = {"lenient": 0.1, "balanced": 0.03, "strict": 0.01}
-"""Share of look-alikes that may pass, by strictness."""
-
 CARD_SCALES, CARD_SEEDS = (0.8, 1.0), 2
 """LoRA scales that a report card tries, and pictures for each of its prompts."""
 
@@ -405,10 +402,7 @@ def draw_samples(pipe: "DiffusionPipeline", prompt: str) -> list[Image.Image]:
 
 def enrolled(scorer: IdentityScorer, photos: Sequence[Image.Image], strictness: str) -> Subject:
     """The subject of the photos at a strictness; where nothing is known to set it by, at the rule of thumb."""
-    if strictness not in FALSE_ACCEPT_RATES:
-        raise InputError(f"strictness {strictness!r}: give {', '.join(FALSE_ACCEPT_RATES)}")
-    subject = scorer.enroll(photos)
-    return subject.at(FALSE_ACCEPT_RATES[strictness]) if subject.known else subject
+    return scorer.enroll(photos).at_strictness(strictness)
 
 
 def whole_prompt(text: str, word: str) -> str:

@@ -29,6 +29,10 @@ DEFAULT_FALSE_ACCEPT_RATE = 0.01
 """What is asked for when nobody asks: share in [0, 1] of near-identities accepted."""
 
 
+FALSE_ACCEPT_RATES = {"lenient": 0.1, "balanced": 0.03, "strict": 0.01}
+"""Strictness in words -> share of near-identities that may be accepted."""
+
+
 ROUNDING = 1e-9
 """Added before rounding down a product with a rate, so that 0.29 * 100 = 28.999... counts 29."""
 

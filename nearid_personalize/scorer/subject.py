@@ -13,6 +13,7 @@ from torch import Tensor
 from nearid_personalize.errors import InputError
 from nearid_personalize.files import write_atomically
 from nearid_personalize.scorer.calibration import (
+    FALSE_ACCEPT_RATES,
     Aggregation,
     CalibrationBank,
     KnownScores,
@@ -68,6 +69,12 @@ class Subject:
         return self._at_highest(
             first.threshold_at(false_accept_rate), *(o.threshold_near(false_accept_rate) for o in others)
         )
+
+    def at_strictness(self, strictness: str) -> "Subject":
+        """`at` for a rate in words, a key of `FALSE_ACCEPT_RATES`; where nothing is known to set it by, as enrolled."""
+        if strictness not in FALSE_ACCEPT_RATES:
+            raise InputError(f"strictness {strictness!r}: give {', '.join(FALSE_ACCEPT_RATES)}")
+        return self.at(FALSE_ACCEPT_RATES[strictness]) if self.known else self
 
     def _at_highest(self, *found: tuple[float, ThresholdOrigin]) -> "Subject":
         threshold, origin = max(found, key=lambda pair: pair[0])
