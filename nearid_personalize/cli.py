@@ -11,7 +11,17 @@ import tyro
 
 from nearid_personalize.commands.console import DONE
 from nearid_personalize.commands.flags import parse_flags, quieten_libraries, run_program
-from nearid_personalize.commands.options import Demo, Evaluate, Generate, Pairs, Quickstart, ReportCard, Score, Verify
+from nearid_personalize.commands.options import (
+    Demo,
+    Evaluate,
+    Generate,
+    Pairs,
+    Quickstart,
+    ReportCard,
+    Score,
+    Serve,
+    Verify,
+)
 from nearid_personalize.errors import InputError
 
 Command: TypeAlias = (
@@ -23,8 +33,9 @@ Command: TypeAlias = (
     | Annotated[Pairs, tyro.conf.subcommand("pairs")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[ReportCard, tyro.conf.subcommand("report-card")]
+    | Annotated[Serve, tyro.conf.subcommand("serve")]
 )
-COMMANDS = ("quickstart", "score", "verify", "generate", "evaluate", "pairs", "demo", "report-card")
+COMMANDS = ("quickstart", "score", "verify", "generate", "evaluate", "pairs", "demo", "report-card", "serve")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -79,6 +90,10 @@ def run(command: Command) -> int:
         from nearid_personalize.commands.report_card import run_report_card
 
         return run_report_card(command)
+    if isinstance(command, Serve):
+        from nearid_personalize.commands.serve import run_serve
+
+        return run_serve(command)
     if isinstance(command, Demo):
         from nearid_personalize.demo.server import serve
 

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch._subclasses.fake_tensor import FakeTensor
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.files import write_atomically
+from nearid_personalize.files import safe_name, write_atomically
 
 ImageSource: TypeAlias = str | Path | bytes | Image.Image | np.ndarray | torch.Tensor
 
@@ -90,6 +90,12 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     if isinstance(source, str | Path):
         return _open_file(Path(source), max_pixels)
     raise InputError(f"image: got {type(source).__name__}; give a path, bytes, PIL picture, array or tensor")
+
+
+def load_upload(source: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A stranger's file as RGB picture, see `load_image`; an error calls it by the name that its owner gave it."""
+    file = BytesIO(source) if isinstance(source, bytes) else source
+    return _open(file, safe_name(name), max_pixels)
 
 
 def list_images(folder: str | Path) -> list[Path]:

@@ -25,6 +25,7 @@ FLOORS = (
     ("evaluation", "verification"),
     ("lora",),
     ("training",),
+    ("service",),
     ("commands",),
     ("demo",),
     ("cli", "train_head", "train_lora"),

@@ -319,6 +319,46 @@ class Demo:
         return self.model or ("miniworld" if self.base_model[0] == "miniworld" else RELEASED_MODEL)
 
 
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Answer programs over HTTP: /enroll, /score, /verify; /openapi.json describes them."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Any but this machine's own needs --token."""
+    port: int = 8000
+    """Port to listen on; 0: any free one."""
+    model: str = RELEASED_MODEL
+    """NearID encoder: Hub id, folder, or "miniworld" (for the toy world only)."""
+    trunk: str | None = None
+    """Trunk of a head that was saved alone, when it is not where it was: Hub id or folder."""
+    subjects: Path | None = None
+    """Folder where enrolled subjects are kept. Default: a temporary one, gone when the service ends."""
+    token: str | None = None
+    """What callers must send as "Authorization: Bearer TOKEN"; better in the environment, as NEARID_TOKEN."""
+    max_images: int = 64
+    """Pictures that one request may bring, references counted."""
+    max_request_mb: int = 200
+    """Largest request, megabytes."""
+    max_megapixels: int = 50
+    """Largest picture, millions of pixels."""
+    max_waiting: int = 64
+    """Requests that may wait for the model; further ones are told to try again."""
+    device: Device = "auto"
+    """Where the encoder runs."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The encoder's trunk. auto: float32 on the CPU, else bfloat16."""
+
+    def __post_init__(self) -> None:
+        for flag in ("max_images", "max_request_mb", "max_megapixels"):
+            _at_least(flag.replace("_", "-"), getattr(self, flag), 1)
+        _at_least("max-waiting", self.max_waiting, 0)
+        if not 0 <= self.port <= 65535:
+            raise InputError(f"--port {self.port}: 0 to 65535 works")
+
+
 @dataclass(frozen=True)
 class ReportCard(Accepting):
     """Draw a finished LoRA at several scales: how often it is the subject, at which scale and checkpoint most often."""

@@ -13,8 +13,7 @@ from nearid_personalize.demo.handlers import SAMPLE_PETS, Handlers, answering
 from nearid_personalize.demo.studio import Studio
 from nearid_personalize.demo.visitors import Visitors
 from nearid_personalize.errors import InputError
-from nearid_personalize.files import safe_name
-from nearid_personalize.images import load_image
+from nearid_personalize.images import load_upload
 from nearid_personalize.miniworld import CATEGORIES, example_references
 
 STYLE = Path(__file__).with_name("style.css")
@@ -273,10 +272,4 @@ def pictures_from(files: Sequence[str] | None, limit: int) -> list[Image.Image]:
     """Uploaded files as pictures; the complaint about one names it as its owner does."""
     if len(files or ()) > limit:
         raise InputError(f"{len(files or ())} pictures are too many; at most {limit} are taken")
-    loaded = []
-    for file in files or ():
-        try:
-            loaded.append(load_image(file))
-        except InputError as error:
-            raise InputError(str(error).replace(str(file), safe_name(Path(file).name))) from None
-    return loaded
+    return [load_upload(Path(file), Path(file).name) for file in files or ()]

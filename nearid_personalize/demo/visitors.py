@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.images import load_image, save_image
+from nearid_personalize.images import load_upload, save_image
 
 
 @dataclass
@@ -61,10 +61,10 @@ class Visitor:
                     raise InputError(f"{source.name}: left out, there is room for {self.max_photos} photos")
                 self.require_room()
                 path = self.folder / f"photo-{secrets.token_hex(4)}.png"
-                save_image(load_image(source), path)
+                save_image(load_upload(source, source.name), path)
                 self.photos.append(path)
             except InputError as error:
-                refused.append(str(error).replace(str(source), source.name))
+                refused.append(str(error))
         return refused
 
     def remove_photos(self, places: Iterable[int]) -> None:

@@ -1,0 +1,1 @@
+"""Scores, verdicts and subjects over HTTP, for programs: `nearid serve`."""
