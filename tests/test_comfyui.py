@@ -324,3 +324,24 @@ def test_only_what_lies_in_the_loop_is_drawn_again(nodes):
     inside = reroll.nodes_between(graph.get_node, "a", "b")
     assert sorted(inside) == ["a", "b", "decode", "draw", "mix"] and inside[-1] == "b"
     assert reroll.nodes_between(graph.get_node, "a", "prompt") == ["a"]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_example_workflows_fit_the_nodes(nodes, workflow):
+    """Their nodes, sockets and numbers of widgets are those of the schemas, and each has its picture."""
+    graph = json.loads(workflow.read_text(encoding="utf-8"))
+    ours = [found for found in graph["nodes"] if found["type"].startswith("NearID")]
+    assert len(ours) >= 3 and workflow.with_suffix(".jpg").is_file()
+    for found in ours:
+        schema = nodes[found["type"]].GET_SCHEMA()
+        assert [output["name"] for output in found["outputs"]] == [output.id for output in schema.outputs]
+        assert {entry["name"] for entry in found["inputs"]} == {entry.id for entry in schema.inputs}
+        widgets = [entry for entry in schema.inputs if hasattr(entry, "default")]
+        seeds = sum(bool(getattr(entry, "control_after_generate", None)) for entry in widgets)
+        assert len(found.get("widgets_values", [])) == len(widgets) + seeds
+        for entry, value in zip(widgets, found.get("widgets_values", [])):
+            assert not hasattr(entry, "options") or value in entry.options
+
+
+def test_there_are_three_workflows():
+    assert [path.stem for path in WORKFLOWS] == ["gate_after_a_lora", "reroll_after_an_edit", "sort_a_folder"]
