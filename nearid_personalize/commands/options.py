@@ -378,7 +378,8 @@ class ReportCard(Accepting):
     subject: str | None = None
     """What the LoRA calls the subject, its rare word first: "sks dog". Default: what the LoRA file says."""
     prompts: tuple[str, ...] = ()
-    """What to draw. Default: eight prompts for a living subject, or for a thing."""
+    """What to draw. Default: the sample prompts that the trainer left beside the LoRA, or eight for a living subject or
+    for a thing."""
     living: bool = True
     """The subject is an animal or a person; decides which default prompts."""
     scales: tuple[float, ...] = (0.6, 0.8, 1.0, 1.2)

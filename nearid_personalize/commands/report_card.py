@@ -75,14 +75,22 @@ def _card_prompts(options: ReportCard, loras: Sequence[Path]) -> tuple[str, str,
     from nearid_personalize.lora.check import check_lora_file
     from nearid_personalize.lora.files import subject_of
     from nearid_personalize.lora.samples import default_prompts
+    from nearid_personalize.lora.trainers import notes_beside
 
-    told = subject_of([check_lora_file(file) for file in loras])
+    infos = [check_lora_file(file) for file in loras]
+    notes = notes_beside(loras[0], infos[0].metadata)
+    told = subject_of(infos)
+    if told is None and notes and notes.subject:
+        told = (notes.subject, notes.token)
     if options.subject:
         told = (options.subject, options.subject.split()[0])
-    if told is None and not options.prompts:
+    drawn = options.prompts or (notes.prompts if notes else ())
+    if told is None and not drawn:
         raise InputError(f'--lora {loras[0]}: does not say what it calls the subject; give --subject "sks dog"')
+    if drawn and not options.prompts and notes:
+        say(options.json, f"prompts: the {len(drawn)} that {notes.trainer} drew samples of; --prompts sets others")
     name, token = told or (loras[0].stem, "")
-    return name, token, options.prompts or default_prompts(name, options.living)
+    return name, token, drawn or default_prompts(name, options.living)
 
 
 def _sample_judge(options: ReportCard, references: Sequence[Image.Image], token: str, device: str) -> "SampleJudge":

@@ -47,10 +47,22 @@ def _lora_files(path: Path) -> list[Path]:
             raise InputError(f"--lora {path}: no such file; give .safetensors files or folders that hold some")
         return [path]
     inside = (file for file in path.rglob("*.safetensors") if file.is_file() and file.name not in _STATE_FILES)
-    shown = [file for file in inside if not any(p.startswith(".") for p in file.relative_to(path).parts)]
+    shown = [file for file in inside if not any(_is_hidden(p) for p in file.relative_to(path).parts)]
     if not shown:
         raise InputError(f"--lora {path}: no .safetensors file in this folder; give the folder a trainer wrote")
-    return sorted(shown, key=_natural)
+    return sorted(shown, key=lambda file: _natural(_after_its_checkpoints(file, shown)))
+
+
+def _is_hidden(part: str) -> bool:
+    """A part of a path that no LoRA is looked for below: hidden, or the state that sd-scripts resume from."""
+    return part.startswith(".") or part.endswith("-state")
+
+
+def _after_its_checkpoints(file: Path, all_files: Sequence[Path]) -> Path:
+    """A path that sorts the last file of a run, "dog", behind its checkpoints, "dog-000001" or "dog_000000250"."""
+    siblings = [other.stem for other in all_files if other.parent == file.parent and other != file]
+    is_last = any(re.match(re.escape(file.stem) + r"[-_]\D*\d", stem) for stem in siblings)
+    return file.with_name(file.stem + (chr(0x10FFFF) if is_last else ""))
 
 
 def _digest(content: BinaryIO) -> str:
