@@ -16,7 +16,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -73,7 +73,7 @@ class Options:
 
 def made_small(options: Options) -> Options:
     """The same for small stand-ins."""
-    return replace(options, resolution=64, steps=4, num_candidates=4, lora_steps=3, num_scored=4)
+    return options.but(resolution=64, steps=4, num_candidates=4, lora_steps=3, num_scored=4)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def lora_options(folder: Path, options: Options) -> LoraOptions:
     references.mkdir(parents=True, exist_ok=True)
     for number, photo in enumerate(photos(4, options.resolution)):
         photo.save(references / f"{number}.png")
-    return LoraOptions(
+    return LoraOptions.of(
         base_model=str(folder),
         references=references,
         output=options.out / f"lora-{folder.name}",
@@ -174,10 +174,11 @@ def plain_steps(lora: LoraOptions, options: Options) -> dict[str, Any]:
     pipe = DiffusionPipeline.from_pretrained(lora.base_model, dtype=torch.bfloat16)
     family = FAMILIES[type(pipe).__name__](pipe)
     denoiser = family.denoiser.requires_grad_(False).to(options.device)
-    layers = LoraConfig(r=lora.rank, lora_alpha=lora.rank, init_lora_weights="gaussian", target_modules=list(LAYERS))
+    rank = lora.adapter.rank
+    layers = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(LAYERS))
     denoiser.add_adapter(layers)
     cast_training_params(denoiser, torch.float32)
-    if checkpoints_gradients(lora, family, options.device):
+    if checkpoints_gradients(lora.compute, family, options.device):
         denoiser.enable_gradient_checkpointing()
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)

@@ -24,7 +24,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def case_of(split: Split, index: int) -> Case:
 
 def recipe(case: Case, folder: Path, options: Options) -> LoraOptions:
     """The README's command, on the mini-world."""
-    lora = LoraOptions(
+    lora = LoraOptions.of(
         base_model="miniworld",
         references=folder / "references",
         output=folder / "lora",
@@ -129,7 +129,7 @@ def recipe(case: Case, folder: Path, options: Options) -> LoraOptions:
         validate_every=options.validate_every,
     )
     rates = recommended_rates(weights_dir("pipeline"))
-    return replace(lora, **{name: options.rate_factor * rate for name, rate in rates.items()})
+    return lora.but(**{name: options.rate_factor * rate for name, rate in rates.items()})
 
 
 def validation_of(case: Case, options: Options) -> ValidationOptions:

@@ -191,7 +191,9 @@ def hollow(shape: Shape) -> Family:
 def row(name: str) -> str:
     """One line of the table, as Markdown."""
     shape = MODELS[name]
-    options = LoraOptions(base_model=name, references=Path(), output=Path(), resolution=shape.side, validate_every=50)
+    options = LoraOptions.of(
+        base_model=name, references=Path(), output=Path(), resolution=shape.side, validate_every=50
+    )
     family = hollow(shape)
     weights = bytes_of(family.denoiser)
     needs = needs_of(family, options, "cuda", torch.bfloat16)
@@ -256,7 +258,7 @@ def measured_step(family: Family, count: int, side: int) -> int:
 
 def estimate_and_measure(checkpointed: bool, count: int, side: int) -> tuple[int, int]:
     """Bytes of a step's activations and gradients in float32: told by fake tensors, and taken by a real step."""
-    options = LoraOptions(base_model="", references=Path(), output=Path(), text_rank=0)
+    options = LoraOptions.of(base_model="", references=Path(), output=Path(), text_rank=0)
     real, hull = family_around(middling), family_around(lambda: without_weights(middling, torch.float32))
     for family in (real, hull):
         adapt(family, options, torch.device("cpu"), torch.float32)

@@ -92,7 +92,7 @@ def lora_options(options: Options, arm: str, index: int, scratch: Path) -> LoraO
     plain = quickstart_lora(
         folder, scratch / "lora", pet.category, options.longer if arm == "longer" else options.lora_steps
     )
-    plain = replace(plain, learning_rate=options.learning_rate)
+    plain = plain.but(learning_rate=options.learning_rate)
     if arm != "reward":
         return plain
     prompts = dict(zip(CONTEXTS, context_prompts(plain.subject_name)))

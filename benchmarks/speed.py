@@ -311,7 +311,8 @@ def plain_loop(
     """
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
         module.requires_grad_(False)
-    config = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=list(options.target_modules))
+    adapter = options.adapter
+    config = LoraConfig(r=adapter.rank, lora_alpha=adapter.rank, target_modules=list(adapter.target_modules))
     pipe.unet.add_adapter(config)
     trained = [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
@@ -322,7 +323,7 @@ def plain_loop(
             encoded = pipe.vae.encode(pixels.to(device))
             latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.sample()
             ids = pipe.tokenizer(
-                [options.prompt] * batch, padding="max_length", truncation=True, return_tensors="pt"
+                [options.data.prompt] * batch, padding="max_length", truncation=True, return_tensors="pt"
             ).input_ids
             embedded = pipe.text_encoder(ids.to(device))[0]
         latents = latents * pipe.vae.config.scaling_factor
@@ -353,7 +354,7 @@ def lora_speed(options: LoraSpeed, scratch: Path) -> None:
     if base_model == "random":
         base_model = str(scratch / "base")
         save_random_pipeline(Path(base_model))
-    lora = LoraOptions(
+    lora = LoraOptions.of(
         base_model=base_model,
         references=photos,
         output=scratch / "lora",
@@ -366,17 +367,17 @@ def lora_speed(options: LoraSpeed, scratch: Path) -> None:
         steps=10**6,
         precision="fp32",
     )
-    references = read_references(lora)
-    run = LoraRun(lora, Accelerator(), references)
+    references = read_references(lora.data)
+    run = LoraRun.open(lora, Accelerator(), references)
     plain = load_family(lora)
-    side = lora.resolution or plain.picture_size
+    side = lora.data.resolution or plain.picture_size
     pixels = to_tensor([picture.image.resize((side, side)) for picture in references])[
         torch.arange(options.batch_size) % 4
     ]
     plain.pipe.to(run.accelerator.device)
     if options.attention == "ours":
         plain.pipe.unet.set_attn_processor(dict(run.family.denoiser.attn_processors))
-    plain_step = plain_loop(plain.pipe, noising_of(plain.pipe.scheduler, lora), pixels * 2 - 1, lora)
+    plain_step = plain_loop(plain.pipe, noising_of(plain.pipe.scheduler, lora.noise), pixels * 2 - 1, lora)
 
     device = str(run.accelerator.device)
     times: dict[str, list[float]] = {"ours": [], "plain": []}

@@ -4,12 +4,12 @@ Exit status: 0 done; 2 wrong input, with one line on stderr; 3 done, but nothing
 """
 
 import sys
-from collections.abc import Sequence
-from typing import Annotated, TypeAlias
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Annotated, Any, Union
 
 import tyro
 
-from nearid_personalize.commands.console import DONE
 from nearid_personalize.commands.flags import parse_flags, quieten_libraries, run_program
 from nearid_personalize.commands.options import (
     Demo,
@@ -24,18 +24,18 @@ from nearid_personalize.commands.options import (
 )
 from nearid_personalize.errors import InputError
 
-Command: TypeAlias = (
-    Annotated[Quickstart, tyro.conf.subcommand("quickstart")]
-    | Annotated[Score, tyro.conf.subcommand("score")]
-    | Annotated[Verify, tyro.conf.subcommand("verify")]
-    | Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Pairs, tyro.conf.subcommand("pairs")]
-    | Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[ReportCard, tyro.conf.subcommand("report-card")]
-    | Annotated[Serve, tyro.conf.subcommand("serve")]
-)
-COMMANDS = ("quickstart", "score", "verify", "generate", "evaluate", "pairs", "demo", "report-card", "serve")
+COMMANDS: dict[str, tuple[type[Any], str]] = {
+    "quickstart": (Quickstart, "commands.quickstart:run_quickstart"),
+    "score": (Score, "commands.score:run_score"),
+    "verify": (Verify, "commands.verify:run_verify"),
+    "generate": (Generate, "commands.generate:run_generate"),
+    "evaluate": (Evaluate, "commands.evaluate:run_evaluate"),
+    "pairs": (Pairs, "commands.pairs:run_pairs"),
+    "demo": (Demo, "demo.server:serve"),
+    "report-card": (ReportCard, "commands.report_card:run_report_card"),
+    "serve": (Serve, "commands.serve:run_serve"),
+}
+"""Each command's options, and the function of this package that runs it. Its module is imported only then."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(run_program(lambda: run(parse(sys.argv[1:] if arguments is None else arguments))))
 
 
-def parse(arguments: Sequence[str]) -> Command:
-    """The command that `arguments` spell.
+def parse(arguments: Sequence[str]) -> Any:
+    """The options of the command that `arguments` spell.
 
     Raises:
         InputError: unknown command or flag, missing flag, or a value that does not fit.
@@ -53,8 +53,9 @@ def parse(arguments: Sequence[str]) -> Command:
     command = arguments[0] if arguments and not arguments[0].startswith("-") else ""
     if command and command not in COMMANDS:
         raise InputError(f"unknown command {command!r}; give {', '.join(COMMANDS)}")
+    subcommands = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, (kind, _) in COMMANDS.items())
     return parse_flags(
-        Command,
+        Union[subcommands],  # noqa: UP007
         arguments,
         prog="nearid",
         description="An eye for identity for diffusers personalization pipelines.",
@@ -63,49 +64,13 @@ def parse(arguments: Sequence[str]) -> Command:
     )
 
 
-def run(command: Command) -> int:
-    """Run a parsed command; returns its exit status."""
+def run(options: Any) -> int | None:
+    """Run the command that these are the options of; returns its exit status, None for 0."""
     quieten_libraries()
-    if isinstance(command, Quickstart):
-        from nearid_personalize.commands.quickstart import run_quickstart
-
-        return run_quickstart(command)
-    if isinstance(command, Score):
-        from nearid_personalize.commands.score import run_score
-
-        return run_score(command)
-    if isinstance(command, Verify):
-        from nearid_personalize.commands.verify import run_verify
-
-        return run_verify(command)
-    if isinstance(command, Evaluate):
-        from nearid_personalize.commands.evaluate import run_evaluate
-
-        return run_evaluate(command)
-    if isinstance(command, Pairs):
-        from nearid_personalize.commands.pairs import run_pairs
-
-        return run_pairs(command)
-    if isinstance(command, ReportCard):
-        from nearid_personalize.commands.report_card import run_report_card
-
-        return run_report_card(command)
-    if isinstance(command, Serve):
-        from nearid_personalize.commands.serve import run_serve
-
-        return run_serve(command)
-    if isinstance(command, Demo):
-        from nearid_personalize.demo.server import serve
-
-        serve(command)
-        return DONE
-    from nearid_personalize.commands.generate import run_generate
-
-    return run_generate(command)
-
-
-if __name__ == "__main__":
-    main()
+    (place,) = (place for kind, place in COMMANDS.values() if type(options) is kind)
+    module, function = place.split(":")
+    command: Callable[[Any], int | None] = getattr(import_module(f"nearid_personalize.{module}"), function)
+    return command(options)
 
 
 if __name__ == "__main__":

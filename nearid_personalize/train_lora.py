@@ -47,7 +47,7 @@ def completed(arguments: Arguments) -> Arguments:
         return replace(arguments, lora=lora, validation=filled)
     from nearid_personalize.miniworld import context_prompts
 
-    prompts = context_prompts(lora.subject_name)
+    prompts = context_prompts(lora.data.subject_name)
     filled = replace(
         validation,
         validation_model=validation.validation_model or "miniworld",

@@ -22,7 +22,7 @@ def load_base(name: str) -> str:
 def load_base_to_train(name: str) -> str:
     from nearid_personalize.training.lora.loop import LoraOptions, load_family
 
-    return type(load_family(LoraOptions(base_model=name, references=Path("."), output=Path(".")))).__name__
+    return type(load_family(LoraOptions.of(base_model=name, references=Path("."), output=Path(".")))).__name__
 
 
 def find_lora(name: str) -> str:

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -77,7 +78,7 @@ class HubServer:
     def __init__(self) -> None:
         self.repositories: dict[tuple[Kind, str], Repository] = {}
         self.requests: list[str] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, self))
         self._thread = Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
     @property
@@ -124,86 +125,89 @@ class HubServer:
         self.stop()
 
 
-def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
-    """The class whose instances answer one connection of `hub` each."""
+class Handler(BaseHTTPRequestHandler):
+    """Answers one connection of `hub`."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.1"
 
-        def do_GET(self) -> None:
-            self.answer()
+    def __init__(self, hub: HubServer, *connection: Any) -> None:
+        self.hub = hub
+        super().__init__(*connection)
 
-        def do_HEAD(self) -> None:
-            self.answer()
+    def do_GET(self) -> None:
+        self.answer()
 
-        def do_POST(self) -> None:
-            self.answer()
+    def do_HEAD(self) -> None:
+        self.answer()
 
-        def log_message(self, format: str, *args: Any) -> None:
-            """Keep quiet: the tests read `hub.requests`."""
+    def do_POST(self) -> None:
+        self.answer()
 
-        def answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            hub.requests.append(f"{self.command} {self.path}")
-            address = Address.parse(self.path)
-            repository = hub.repositories.get((address.kind, address.name)) if address else None
-            if address is None or repository is None:
-                return self.refuse(404, "RepoNotFound", "Repository not found")
-            if repository.token and self.headers.get("Authorization") != f"Bearer {repository.token}":
-                return self.refuse(401, "GatedRepo", f"Access to {address.name} is restricted: log in")
-            commit = repository.commit(address.revision)
-            if commit is None:
-                return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {address.revision}")
-            folder = repository.folder(commit)
-            if address.action == "resolve":
-                return self.send_file(folder / address.path, commit, repository.damaged)
-            if address.action == "tree":
-                return self.send_json(_entries(folder, address.path, "recursive=true" in self.path.lower()))
-            if address.action == "paths-info":
-                found = [folder / path for path in _asked_paths(body)]
-                return self.send_json([_entry(folder, path) for path in found if path.exists()])
-            return self.send_json(_facts(address, folder, commit))
+    def log_message(self, format: str, *args: Any) -> None:
+        """Keep quiet: the tests read `hub.requests`."""
 
-        def refuse(self, status: int, code: str, message: str) -> None:
-            self.send_json({"error": message}, status, {"X-Error-Code": code, "X-Error-Message": message})
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.hub.requests.append(f"{self.command} {self.path}")
+        address = Address.parse(self.path)
+        repository = self.hub.repositories.get((address.kind, address.name)) if address else None
+        if address is None or repository is None:
+            return self.refuse(404, "RepoNotFound", "Repository not found")
+        if repository.token and self.headers.get("Authorization") != f"Bearer {repository.token}":
+            return self.refuse(401, "GatedRepo", f"Access to {address.name} is restricted: log in")
+        commit = repository.commit(address.revision)
+        if commit is None:
+            return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {address.revision}")
+        folder = repository.folder(commit)
+        if address.action == "resolve":
+            return self.send_file(folder / address.path, commit, repository.damaged)
+        if address.action == "tree":
+            return self.send_json(_entries(folder, address.path, "recursive=true" in self.path.lower()))
+        if address.action == "paths-info":
+            found = [folder / path for path in _asked_paths(body)]
+            return self.send_json([_entry(folder, path) for path in found if path.exists()])
+        return self.send_json(_facts(address, folder, commit))
 
-        def send_json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-            body = json.dumps(value).encode()
-            self.send_response(status)
-            for name, text in {"Content-Type": "application/json", **(headers or {})}.items():
-                self.send_header(name, text)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
+    def refuse(self, status: int, code: str, message: str) -> None:
+        self.send_json({"error": message}, status, {"X-Error-Code": code, "X-Error-Message": message})
 
-        def send_file(self, path: Path, commit: str, damaged: dict[str, Damage]) -> None:
-            if not path.is_file():
-                return self.refuse(404, "EntryNotFound", f"Entry not found: {path.name}")
-            content = path.read_bytes()
-            damage = damaged.get(path.name)
-            etag = hashlib.sha1(content).hexdigest()
-            served = content[: len(content) // 2] if damage == "truncated" and self.command == "GET" else content
-            start, end = _range(self.headers.get("Range"))
-            part = served[start or 0 : end]
-            self.send_response(200 if start is None else 206)
-            if start is not None:
-                self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(served)}")
-            self.send_header("ETag", f'"{etag}"')
-            self.send_header("X-Repo-Commit", commit)
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Content-Length", str(len(part)))
-            self.end_headers()
-            if self.command == "HEAD":
-                return
-            if damage in ("interrupted", "interrupted once"):
-                part = part[: len(part) // 2]
-                self.close_connection = True
+    def send_json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        for name, text in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, text)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def send_file(self, path: Path, commit: str, damaged: dict[str, Damage]) -> None:
+        if not path.is_file():
+            return self.refuse(404, "EntryNotFound", f"Entry not found: {path.name}")
+        whole = path.read_bytes()
+        damage = damaged.get(path.name)
+        offered = whole[: len(whole) // 2] if damage == "truncated" and self.command == "GET" else whole
+        start, end = _range(self.headers.get("Range"))
+        part = offered[start or 0 : end]
+        self.send_response(200 if start is None else 206)
+        if start is not None:
+            self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(offered)}")
+        self.send_header("ETag", f'"{hashlib.sha1(whole).hexdigest()}"')
+        self.send_header("X-Repo-Commit", commit)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        if self.command == "GET":
+            self.send_content(part, damage)
             if damage == "interrupted once":
                 damaged.pop(path.name)
-            self.wfile.write(part)
 
-    return Handler
+    def send_content(self, content: bytes, damage: Damage | None) -> None:
+        """Send it, or break the connection half-way."""
+        if damage in ("interrupted", "interrupted once"):
+            content = content[: len(content) // 2]
+            self.close_connection = True
+        self.wfile.write(content)
 
 
 def _facts(address: Address, folder: Path, commit: str) -> dict[str, Any]:

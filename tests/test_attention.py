@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -171,8 +170,14 @@ def test_a_lora_trains_alike_with_sdpa_and_leaves_no_trace(
     losses: dict[str, list[float]] = {"auto": [], "sdpa": []}
     attentions: tuple[Attention, ...] = ("auto", "sdpa")
     for attention in attentions:
-        options = LoraOptions(str(tiny_kl_pipeline_dir), photo_dir, tmp_path / attention, steps=2, resolution=32)
+        options = LoraOptions.of(
+            base_model=str(tiny_kl_pipeline_dir),
+            references=photo_dir,
+            output=tmp_path / attention,
+            steps=2,
+            resolution=32,
+        )
         told = losses[attention]
-        train_lora(replace(options, attention=attention), on_step=lambda step, loss, told=told: told.append(loss))
+        train_lora(options.but(attention=attention), on_step=lambda step, loss, told=told: told.append(loss))
     assert len(losses["sdpa"]) == 2 and losses["sdpa"] == pytest.approx(losses["auto"], rel=1e-3)
     assert Registry.get_active_backend()[0] == default

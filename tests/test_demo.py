@@ -502,7 +502,7 @@ def test_files_of_the_machine_cannot_be_read(server):
 def test_lora_is_trained_in_the_precision_that_pictures_are_drawn_in(tmp_path):
     request = TrainingRequest(base_model="a/model", photos=tmp_path, word="dog", output=tmp_path)
     whole, half = lora_options(request), lora_options(request, dtype=torch.bfloat16)
-    assert (whole.precision, whole.base_precision) == ("auto", "auto")
-    assert (half.precision, half.base_precision) == ("bf16", "same")
+    assert (whole.compute.precision, whole.compute.base_precision) == ("auto", "auto")
+    assert (half.compute.precision, half.compute.base_precision) == ("bf16", "same")
     toy = lora_options(dataclasses.replace(request, base_model="miniworld"), dtype=torch.float16)
-    assert (toy.precision, toy.base_precision) == ("fp16", "same")
+    assert (toy.compute.precision, toy.compute.base_precision) == ("fp16", "same")

@@ -43,7 +43,7 @@ def lora(tiny_pipeline_dir, tmp_path_factory) -> Path:
     photos.mkdir()
     for seed in range(4):
         checkered(seed).save(photos / f"{seed}.png")
-    options = LoraOptions(
+    options = LoraOptions.of(
         base_model=str(tiny_pipeline_dir),
         references=photos,
         output=folder / "run",

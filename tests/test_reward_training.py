@@ -1,6 +1,5 @@
 """Identity as reward in a LoRA run: true gradients, only where they belong; exact resume; the guards."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from nearid_personalize.miniworld import example_references, weights_dir
 from nearid_personalize.training.lora import loop as lora
 from nearid_personalize.training.lora.loop import WEIGHTS_NAME, LoraOptions, LoraRun, read_metadata, train_lora
 from nearid_personalize.training.lora.noising import sample, trajectory_of
+from nearid_personalize.training.lora.options import flat
 from nearid_personalize.training.lora.pictures import read_references
 from nearid_personalize.training.lora.reward import RewardGuard, enroll_reward
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def options(tiny_pipeline_dir: Path, tiny_nearid_dir: Path, photo_dir: Path, tmp_path: Path) -> LoraOptions:
-    return LoraOptions(
+    return LoraOptions.of(
         base_model=str(tiny_pipeline_dir),
         references=photo_dir,
         output=tmp_path / "lora",
@@ -46,8 +46,8 @@ def options(tiny_pipeline_dir: Path, tiny_nearid_dir: Path, photo_dir: Path, tmp
 
 
 def start(options: LoraOptions) -> LoraRun:
-    references = read_references(options)
-    return LoraRun(options, Accelerator(), references, enroll_reward(options, references, torch.device("cpu")))
+    references = read_references(options.data)
+    return LoraRun.open(options, Accelerator(), references, enroll_reward(options, references, torch.device("cpu")))
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
@@ -102,8 +102,7 @@ def test_only_the_last_steps_are_differentiated():
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_is_the_slope_of_the_reward_in_every_family(name, folders, options):  # noqa: F811
     """Through sampling, guidance, VAE and head: backward equals finite differences along the gradient."""
-    options = dataclasses.replace(
-        options,
+    options = options.but(
         base_model=str(folders(name)),
         text_rank=None,
         reward_sampling_steps=2,
@@ -134,8 +133,7 @@ def test_gradient_reaches_the_lora_alone_on_the_packaged_world(options, tmp_path
         photo.save(references / f"{number}.png")
     prompt = f"a photo of sks {category}"
     run = start(
-        dataclasses.replace(
-            options,
+        options.but(
             base_model="miniworld",
             reward_model=str(weights_dir("nearid")),
             references=references,
@@ -157,8 +155,7 @@ def test_gradient_reaches_the_lora_alone_on_the_packaged_world(options, tmp_path
 
 def test_rewarded_training_raises_the_reward(options):
     """The same noise before and after; the denoising loss weighs little here."""
-    options = dataclasses.replace(
-        options,
+    options = options.but(
         steps=30,
         learning_rate=0.02,
         reward_weight=100.0,
@@ -170,7 +167,7 @@ def test_rewarded_training_raises_the_reward(options):
 
     def identity() -> float:
         with torch.no_grad():
-            return -float(sum(run.reward.losses(run.predict, 10_000))) / options.reward_weight
+            return -float(sum(run.reward.losses(run.predict, 10_000))) / options.reward.reward_weight
 
     before = identity()
     for step in range(1, 31):
@@ -179,7 +176,7 @@ def test_rewarded_training_raises_the_reward(options):
 
 
 def test_rewarded_steps_alone_use_the_reward(options):
-    run = start(dataclasses.replace(options, steps=10, reward_warmup=0.5, reward_every=2))
+    run = start(options.but(steps=10, reward_warmup=0.5, reward_every=2))
     assert [step for step in range(1, 11) if run.reward.due(step)] == [6, 8, 10]
 
 
@@ -187,15 +184,15 @@ def test_rewarded_steps_alone_use_the_reward(options):
 
 
 def test_weight_zero_is_plain_training(options, tmp_path):
-    names = [field.name for field in dataclasses.fields(options) if not field.name.startswith("reward")]
-    plain = LoraOptions(**{name: getattr(options, name) for name in names} | {"dropout": 0.3})
+    told = {name: value for name, value in flat(options).items() if not name.startswith("reward")}
+    plain = LoraOptions.of(**told).but(dropout=0.3)
     weights = load_file(train_lora(plain) / WEIGHTS_NAME)
-    off = dataclasses.replace(options, reward_weight=0.0, dropout=0.3, output=tmp_path / "off")
+    off = options.but(reward_weight=0.0, dropout=0.3, output=tmp_path / "off")
     assert all(torch.equal(weights[name], value) for name, value in load_file(train_lora(off) / WEIGHTS_NAME).items())
-    on = dataclasses.replace(options, dropout=0.3, output=tmp_path / "on")
+    on = options.but(dropout=0.3, output=tmp_path / "on")
     rewarded = load_file(train_lora(on) / WEIGHTS_NAME)
     assert any(not torch.equal(weights[name], value) for name, value in rewarded.items())
-    told = {"model": options.reward_model, "weight": 1.0, "ended_after": None}
+    told = {"model": options.reward.reward_model, "weight": 1.0, "ended_after": None}
     assert read_metadata(tmp_path / "on")["reward"] == told
     assert "reward" not in read_metadata(tmp_path / "off")
 
@@ -210,10 +207,8 @@ def falling(snapshot) -> None:
 
 
 def test_resumed_equals_uninterrupted(options, tmp_path, monkeypatch):
-    options = dataclasses.replace(
-        options, steps=8, dropout=0.3, checkpoint_every=1, validate_every=1, reward_guidance_scale=2.0
-    )
-    whole = load_file(train_lora(dataclasses.replace(options, output=tmp_path / "whole"), falling) / WEIGHTS_NAME)
+    options = options.but(steps=8, dropout=0.3, checkpoint_every=1, validate_every=1, reward_guidance_scale=2.0)
+    whole = load_file(train_lora(options.but(output=tmp_path / "whole"), falling) / WEIGHTS_NAME)
     take_step, rewarded = LoraRun.take_step, []
 
     def stop_sometimes(run, step):
@@ -226,8 +221,8 @@ def test_resumed_equals_uninterrupted(options, tmp_path, monkeypatch):
     monkeypatch.setattr(lora.LoraRun, "take_step", stop_sometimes)
     for resume in (False, True):
         with pytest.raises(Interruption):
-            train_lora(dataclasses.replace(options, resume=resume), falling)
-    resumed = load_file(train_lora(dataclasses.replace(options, resume=True), falling) / WEIGHTS_NAME)
+            train_lora(options.but(resume=resume), falling)
+    resumed = load_file(train_lora(options.but(resume=True), falling) / WEIGHTS_NAME)
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
     assert [step for step, due in rewarded if due is True] == [3, 4]
     assert read_metadata(options.output)["reward"]["ended_after"] == 4
@@ -236,13 +231,13 @@ def test_resumed_equals_uninterrupted(options, tmp_path, monkeypatch):
 
 def test_two_processes_share_the_pictures_of_one(options, tmp_path):
     """Two processes of one rewarded picture each are one process of two: the same noise, prompts and mean gradient."""
-    options = dataclasses.replace(options, text_rank=0, reward_weight=10.0, reward_guidance_scale=2.0)
-    one = dataclasses.replace(options, output=tmp_path / "one", gradient_accumulation_steps=2, reward_batch_size=2)
+    options = options.but(text_rank=0, reward_weight=10.0, reward_guidance_scale=2.0)
+    one = options.but(output=tmp_path / "one", gradient_accumulation_steps=2, reward_batch_size=2)
     expected = load_file(train_lora(one) / WEIGHTS_NAME)
     chosen = ("base_model", "references", "output", "rank", "text_rank", "steps", "batch_size", "learning_rate")
     chosen += ("precision", "resolution", "reward_weight", "reward_model", "reward_warmup", "reward_sampling_steps")
     chosen += ("reward_guidance_scale",)
-    flags = [part for name in chosen for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
+    flags = [part for name in chosen for part in (f"--{name.replace('_', '-')}", str(flat(options)[name]))]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launcher, str(ROOT / "trainers" / "train_lora.py"), *flags, "--reward-batch-size", "1"],
@@ -255,7 +250,7 @@ def test_two_processes_share_the_pictures_of_one(options, tmp_path):
     weights = load_file(options.output / WEIGHTS_NAME)
     for name, tensor in expected.items():
         torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4)
-    plain = load_file(train_lora(dataclasses.replace(one, reward_weight=0.0, output=tmp_path / "plain")) / WEIGHTS_NAME)
+    plain = load_file(train_lora(one.but(reward_weight=0.0, output=tmp_path / "plain")) / WEIGHTS_NAME)
     assert any((plain[name] - tensor).abs().max() > 1e-3 for name, tensor in expected.items())
 
 
@@ -293,8 +288,8 @@ class Judge:
 
 
 def test_the_head_that_rewards_may_not_validate(options):
-    options = dataclasses.replace(options, validate_every=1)
-    scorer = IdentityScorer.from_pretrained(options.reward_model)
+    options = options.but(validate_every=1)
+    scorer = IdentityScorer.from_pretrained(options.reward.reward_model)
     with pytest.raises(InputError, match=r"its head .* is the --validation-model's"):
         train_lora(options, Judge(scorer))
     torch.manual_seed(1)
@@ -304,13 +299,13 @@ def test_the_head_that_rewards_may_not_validate(options):
 
 def test_refusals(options, monkeypatch):
     with pytest.raises(InputError, match="needs a --reward-model"):
-        dataclasses.replace(options, reward_model="")
+        options.but(reward_model="")
     with pytest.raises(InputError, match="--reward-prompts must be a text with the word 'sks'"):
-        dataclasses.replace(options, reward_prompts=("a photo of a dog",))
+        options.but(reward_prompts=("a photo of a dog",))
     with pytest.raises(InputError, match="--reward-steps must be at most --reward-sampling-steps 3"):
-        dataclasses.replace(options, reward_steps=4)
+        options.but(reward_steps=4)
     with pytest.raises(InputError, match="--validate-every 2: the reward begins at step 2"):
-        train_lora(dataclasses.replace(options, validate_every=2), falling)
+        train_lora(options.but(validate_every=2), falling)
     monkeypatch.setattr("nearid_personalize.training.lora.reward.TESTED_FAMILIES", frozenset())
     with pytest.raises(InputError, match="StableDiffusionPipeline is not tested with a reward"):
         start(options)

@@ -23,12 +23,15 @@ UNUSED = {"references": Path(), "output": Path()}
 
 
 def load(base_model: object, **more: object):
-    return load_base_model(LoraOptions(base_model=str(base_model), **UNUSED, **more), torch.float32)
+    return load_base_model(LoraOptions.of(base_model=str(base_model), **UNUSED, **more), torch.float32)
 
 
 def rates(family, **told: float) -> list[float]:
-    options = LoraOptions(base_model="", **UNUSED, text_rank=2, rank=2, **told)
-    return [group["lr"] for group in parameter_groups(add_adapters(family, options), options)]
+    options = LoraOptions.of(base_model="", **UNUSED, text_rank=2, rank=2, **told)
+    return [
+        group["lr"]
+        for group in parameter_groups(add_adapters(family, options.adapter, options.data.token), options.optimization)
+    ]
 
 
 # --- learning rates --------------------------------------------------------------------------------------------------
@@ -113,7 +116,7 @@ def test_one_file_in_the_authors_layout_is_the_same_model(tiny_kl_pipeline_dir, 
     save_file(original_layout(expected), file)
     config = configuration(tiny_kl_pipeline_dir, tmp_path / "config")
     family = load_base_model(
-        LoraOptions(base_model=str(file), **UNUSED, source=BaseSource(base_config=str(config))), torch.bfloat16
+        LoraOptions.of(base_model=str(file), **UNUSED, source=BaseSource(base_config=str(config))), torch.bfloat16
     )
     assert isinstance(family, StableDiffusion)
     assert (family.pipe.unet.dtype, family.pipe.vae.dtype) == (torch.bfloat16, torch.float32)

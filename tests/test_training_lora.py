@@ -1,7 +1,6 @@
 """The LoRA loop on tiny real pipelines: reload exactness, resume exactness, several processes, and refusals."""
 
 import contextlib
-import dataclasses
 import multiprocessing
 import os
 import signal
@@ -33,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def options(tiny_pipeline_dir: Path, photo_dir: Path, tmp_path: Path) -> LoraOptions:
-    return LoraOptions(
+    return LoraOptions.of(
         base_model=str(tiny_pipeline_dir),
         references=photo_dir,
         output=tmp_path / "lora",
@@ -67,7 +66,7 @@ def predict(pipe: StableDiffusionPipeline, prompt: str = "a photo of sks dog") -
 @pytest.mark.parametrize("more", [{}, {"ema_decay": 0.9}, {"target_modules": ("to_q",), "dropout": 0.5}])
 def test_stock_reload_equals_the_last_sample_of_training(base, more, options, request):
     folder, seen = request.getfixturevalue(base), []
-    options = dataclasses.replace(options, base_model=str(folder), validate_every=2, **more)
+    options = options.but(base_model=str(folder), validate_every=2, **more)
     output = train_lora(options, lambda snapshot: seen.append(predict(snapshot.pipe)))
     pipe = load_pipe(folder)
     before = predict(pipe)
@@ -84,9 +83,9 @@ def test_looking_at_a_run_does_not_change_it(options):
         snapshot.pipe("sks", num_inference_steps=1, output_type="latent")
         snapshot.save(options.output / "seen")
 
-    options = dataclasses.replace(options, dropout=0.5, ema_decay=0.9, prior_pictures=2, class_prompts=("a dog",))
+    options = options.but(dropout=0.5, ema_decay=0.9, prior_pictures=2, class_prompts=("a dog",))
     plain = load_file(train_lora(options) / WEIGHTS_NAME)
-    watched = dataclasses.replace(options, validate_every=1, output=options.output.with_name("watched"))
+    watched = options.but(validate_every=1, output=options.output.with_name("watched"))
     seen = load_file(train_lora(watched, look) / WEIGHTS_NAME)
     assert all(torch.equal(seen[name], plain[name]) for name in plain)
 
@@ -106,14 +105,14 @@ def test_the_file_says_how_it_was_made(options):
         "rank": 4,
         "alpha": 8.0,
         "steps": 4,
-        "references": lora.fingerprint(read_references(options)),
+        "references": lora.fingerprint(read_references(options.data)),
     }
 
 
 def test_half_precision_trains_and_reloads(options, tiny_pipeline_dir):
     pipe = load_pipe(tiny_pipeline_dir)
     before = predict(pipe)
-    load_lora(pipe, train_lora(dataclasses.replace(options, precision="bf16")))
+    load_lora(pipe, train_lora(options.but(precision="bf16")))
     assert (predict(pipe) - before).abs().max() > 1e-3
 
 
@@ -131,7 +130,7 @@ def test_only_the_tokens_row_changes(options, tiny_pipeline_dir):
 def test_token_starts_at_the_mean_of_its_init_words(options, tiny_pipeline_dir):
     pipe = load_pipe(tiny_pipeline_dir)
     rows = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
-    add_adapters(StableDiffusion(pipe), dataclasses.replace(options, token_init=("a", "b")))
+    add_adapters(StableDiffusion(pipe), options.but(token_init=("a", "b")).adapter, "sks")
     row = token_id(pipe.tokenizer, "sks", "token")
     expected = rows[[token_id(pipe.tokenizer, word, "token-init") for word in ("a", "b")]].mean(0)
     actual = pipe.text_encoder.get_input_embeddings()(torch.tensor([row]))[0]
@@ -157,8 +156,8 @@ VARIED = {
 
 @pytest.mark.parametrize("kind", VARIED)
 def test_resumed_equals_uninterrupted(kind, options, tmp_path, monkeypatch):
-    options = dataclasses.replace(options, checkpoint_every=1, checkpoints_total_limit=2, **VARIED[kind])
-    whole = load_file(train_lora(dataclasses.replace(options, output=tmp_path / "whole")) / WEIGHTS_NAME)
+    options = options.but(checkpoint_every=1, checkpoints_total_limit=2, **VARIED[kind])
+    whole = load_file(train_lora(options.but(output=tmp_path / "whole")) / WEIGHTS_NAME)
 
     take_step = lora.LoraRun.take_step
 
@@ -177,8 +176,8 @@ def test_resumed_equals_uninterrupted(kind, options, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--resume"):
         train_lora(options)
     with pytest.raises(InputError, match="--rank was 4, now 8"):
-        train_lora(dataclasses.replace(options, resume=True, rank=8))
-    options = dataclasses.replace(options, resume=True, keep_checkpoints=True)
+        train_lora(options.but(resume=True, rank=8))
+    options = options.but(resume=True, keep_checkpoints=True)
     resumed = load_file(train_lora(options) / WEIGHTS_NAME)
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
@@ -186,10 +185,10 @@ def test_resumed_equals_uninterrupted(kind, options, tmp_path, monkeypatch):
 
 
 def test_resume_wants_the_same_references(options, photo_dir):
-    train_lora(dataclasses.replace(options, checkpoint_every=2, keep_checkpoints=True))
+    train_lora(options.but(checkpoint_every=2, keep_checkpoints=True))
     (photo_dir / "photo-3.png").unlink()
     with pytest.raises(InputError, match="--resume: references was"):
-        train_lora(dataclasses.replace(options, resume=True))
+        train_lora(options.but(resume=True))
 
 
 KILLS = 8
@@ -212,12 +211,12 @@ def folders_being_written(output: Path) -> set[tuple[str, int]]:
 
 def test_killed_again_and_again_ends_at_the_same_weights(options, tmp_path):
     """SIGKILL while it starts, between steps, or in the middle of a checkpoint: nothing half-written is resumed."""
-    options = dataclasses.replace(options, steps=KILLS + 2, checkpoint_every=1, ema_decay=0.9, batch_size=2)
-    train_lora(dataclasses.replace(options, output=tmp_path / "whole", checkpoint_every=0))
+    options = options.but(steps=KILLS + 2, checkpoint_every=1, ema_decay=0.9, batch_size=2)
+    train_lora(options.but(output=tmp_path / "whole", checkpoint_every=0))
     killed = partial = 0
     for round in range(KILLS):
         had = checkpoints(options.output)
-        options = dataclasses.replace(options, resume=bool(had))
+        options = options.but(resume=bool(had))
         process = multiprocessing.get_context("fork").Process(target=train_on_one_thread, args=(options,))
         process.start()
         if round % 2:  # inside a checkpoint
@@ -233,28 +232,28 @@ def test_killed_again_and_again_ends_at_the_same_weights(options, tmp_path):
         killed += process.exitcode == -signal.SIGKILL
         partial += bool(folders_being_written(options.output))
     assert killed == KILLS and partial, f"{killed} killed, {partial} of them inside a checkpoint"
-    train_lora(dataclasses.replace(options, resume=True))
+    train_lora(options.but(resume=True))
     expected, weights = (load_file(folder / WEIGHTS_NAME) for folder in (tmp_path / "whole", options.output))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_two_processes_share_the_batches_of_one(options, tmp_path):
     """Two processes of one pass are one process of two: the same pictures, noise and mean gradient."""
-    options = dataclasses.replace(
-        options, batch_size=2, text_rank=0, prior_pictures=2, class_prompts=("a photo of a dog",), train_token=False
+    options = options.but(
+        batch_size=2, text_rank=0, prior_pictures=2, class_prompts=("a photo of a dog",), train_token=False
     )
-    one = dataclasses.replace(options, output=tmp_path / "one", gradient_accumulation_steps=2)
+    one = options.but(output=tmp_path / "one", gradient_accumulation_steps=2)
     expected = load_file(train_lora(one) / WEIGHTS_NAME)
     chosen = {
         "base_model": options.base_model,
-        "references": options.references,
+        "references": options.data.references,
         "output": options.output,
-        "rank": options.rank,
-        "alpha": options.alpha,
+        "rank": options.adapter.rank,
+        "alpha": options.adapter.alpha,
         "text_rank": 0,
         "steps": options.steps,
         "batch_size": 2,
-        "learning_rate": options.learning_rate,
+        "learning_rate": options.optimization.learning_rate,
         "precision": "fp32",
         "prior_pictures": 2,
         "class_prompts": "a photo of a dog",
@@ -281,16 +280,16 @@ def test_frozen_text_encoder_is_encoded_once(options, monkeypatch):
     calls = []
     forward = CLIPTextModel.forward
     monkeypatch.setattr(CLIPTextModel, "forward", lambda *args, **kw: calls.append(1) or forward(*args, **kw))
-    output = train_lora(dataclasses.replace(options, text_rank=0))
+    output = train_lora(options.but(text_rank=0))
     assert len(calls) == 1
     assert all(name.startswith("unet.") for name in load_file(output / WEIGHTS_NAME))
 
 
 def test_training_fits_the_reference(options, tiny_pipeline_dir):
-    options = dataclasses.replace(options, steps=40)
+    options = options.but(steps=40)
     pipe = load_pipe(tiny_pipeline_dir)
     family = StableDiffusion(pipe)
-    data = encode_all(family, options, read_references(options), [])
+    data = encode_all(family, options.data, read_references(options.data), [])
 
     @torch.no_grad()
     def held_noise_loss() -> float:
@@ -313,14 +312,14 @@ def test_optimizers_that_are_not_installed_are_named(optimizer, package, options
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, f"{package}.optim", None)
     with pytest.raises(InputError, match=f"pip install {package}"):
-        make_optimizer([], dataclasses.replace(options, optimizer=optimizer))
+        make_optimizer([], options.but(optimizer=optimizer).optimization)
 
 
 @pytest.mark.parametrize(("optimizer", "package"), [("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")])
 def test_optional_optimizers_train(optimizer, package, options):
     pytest.importorskip(package)
-    start = load_file(train_lora(dataclasses.replace(options, steps=1)) / WEIGHTS_NAME)
-    weights = load_file(train_lora(dataclasses.replace(options, optimizer=optimizer, steps=4)) / WEIGHTS_NAME)
+    start = load_file(train_lora(options.but(steps=1)) / WEIGHTS_NAME)
+    weights = load_file(train_lora(options.but(optimizer=optimizer, steps=4)) / WEIGHTS_NAME)
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
     assert any(not torch.equal(weights[name], tensor) for name, tensor in start.items())
 
@@ -352,7 +351,7 @@ def test_optional_optimizers_train(optimizer, package, options):
 )
 def test_options_name_the_wrong_flag(options, change, flag):
     with pytest.raises(InputError, match=flag):
-        dataclasses.replace(options, **change)
+        options.but(**change)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +369,7 @@ def test_options_name_the_wrong_flag(options, change, flag):
 )
 def test_training_names_what_is_wrong(options, change, message):
     with pytest.raises(InputError, match=message) as error:
-        train_lora(dataclasses.replace(options, **change))
+        train_lora(options.but(**change))
     assert "\n" not in str(error.value)
 
 
@@ -381,7 +380,7 @@ def test_base_model_without_weights_is_refused(options, tiny_pipeline_dir, tmp_p
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes())
     with pytest.raises(InputError, match="--base-model"):
-        train_lora(dataclasses.replace(options, base_model=str(folder)))
+        train_lora(options.but(base_model=str(folder)))
 
 
 def broken_file(folder: Path, kind: str) -> Path:
@@ -444,4 +443,4 @@ def test_a_peft_too_old_for_this_transformers_is_one_line_with_both_versions(tmp
     """transformers 5.24.0 asked for a peft that was not released."""
     monkeypatch.setattr("nearid_personalize.lora.check.MIN_PEFT_VERSION", "999.0")
     with pytest.raises(InputError, match=r"transformers \S+: LoRA in text encoders needs peft 999.0 there, and \S+ is"):
-        train_lora(LoraOptions("miniworld", photo_dir, tmp_path / "lora", steps=1))
+        train_lora(LoraOptions.of(base_model="miniworld", references=photo_dir, output=tmp_path / "lora", steps=1))

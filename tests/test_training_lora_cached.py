@@ -38,7 +38,7 @@ from nearid_personalize.training.lora.pictures import (
 
 @pytest.fixture
 def options(photo_dir: Path, tmp_path: Path) -> LoraOptions:
-    return LoraOptions(base_model="", references=photo_dir, output=tmp_path / "lora", resolution=32, batch_size=4)
+    return LoraOptions.of(base_model="", references=photo_dir, output=tmp_path / "lora", resolution=32, batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ def test_captions_come_from_text_files_then_metadata_then_the_prompt(options, ph
     rows = [{"file_name": "photo-0.png", "text": "sks at sea"}, {"file_name": "photo-1.png", "caption": "sks in snow"}]
     (photo_dir / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (photo_dir / "photo-0.txt").write_text("sks in space\n")
-    prompts = [picture.prompt for picture in read_references(options)]
-    assert prompts == ["sks in space", "sks in snow", options.prompt, options.prompt]
+    prompts = [picture.prompt for picture in read_references(options.data)]
+    assert prompts == ["sks in space", "sks in snow", options.data.prompt, options.data.prompt]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_captions_come_from_text_files_then_metadata_then_the_prompt(options, ph
 def test_unusable_captions_are_refused(name, content, message, options, photo_dir):
     (photo_dir / name).write_text(content)
     with pytest.raises(InputError, match=message) as error:
-        read_references(options)
+        read_references(options.data)
     assert "\n" not in str(error.value)
 
 
@@ -80,19 +80,19 @@ def test_masks_are_no_pictures_and_are_read_from_both_places(options, photo_dir,
     mask.paste(255, (0, 0, 24, 48))
     for index in range(4):
         mask.save(photo_dir / f"photo-{index}.mask.png")
-    assert len(read_references(options)) == 4
-    assert all(picture.mask is None for picture in read_references(options))
-    options = dataclasses.replace(options, background_weight=0.25)
-    assert [picture.mask.getpixel((0, 0)) for picture in read_references(options)] == [255] * 4
+    assert len(read_references(options.data)) == 4
+    assert all(picture.mask is None for picture in read_references(options.data))
+    options = options.but(background_weight=0.25)
+    assert [picture.mask.getpixel((0, 0)) for picture in read_references(options.data)] == [255] * 4
     other = tmp_path / "masks"
     other.mkdir()
-    options = dataclasses.replace(options, masks=other)
+    options = options.but(masks=other)
     with pytest.raises(InputError, match=r"needs a mask at .*photo-0\.png"):
-        read_references(options)
+        read_references(options.data)
     for index in range(4):
         Image.new("L", (24, 48)).save(other / f"photo-{index}.png")
     with pytest.raises(InputError, match="24 x 48; a mask has the shape of its picture"):
-        read_references(options)
+        read_references(options.data)
 
 
 def test_fingerprint_sees_pixels_prompts_and_masks():
@@ -128,11 +128,13 @@ def test_frame_of_a_centre_crop():
 def test_pictures_of_any_shape_fall_into_buckets(options, family, photo_dir):
     for index, size in enumerate(((60, 30), (64, 34), (30, 60), (40, 40))):
         checkered(index).resize(size).save(photo_dir / f"photo-{index}.png")
-    options = dataclasses.replace(options, aspect_buckets=True, horizontal_flips=True)
-    data = encode_all(family, options, read_references(options), [Picture(checkered(9).resize((50, 48)), "a dog")])
+    options = options.but(aspect_buckets=True, horizontal_flips=True)
+    data = encode_all(
+        family, options.data, read_references(options.data), [Picture(checkered(9).resize((50, 48)), "a dog")]
+    )
     shapes = [tuple(sample.latents.shape[1:]) for sample in data.samples]
     assert shapes[:4] == shapes[4:8] == [(4, 6, 11), (4, 6, 11), (4, 11, 6), (4, 8, 8)] and shapes[8] == (4, 8, 8)
-    assert data.prompts == (options.prompt, "a dog") and data.num_references == 8
+    assert data.prompts == (options.data.prompt, "a dog") and data.num_references == 8
     for turn in range(6):
         batch = make_batch(data, flow_noising, options, turn)
         assert len(batch.noised.noisy) == 4
@@ -157,7 +159,7 @@ def test_importance_is_the_mask_on_the_latents_grid(options, family):
 def test_class_pictures_are_drawn_once_and_completed(options, family, tmp_path):
     folder = tmp_path / "class"
     prompts = ("a dog", "a photo of a dog")
-    options = dataclasses.replace(options, class_pictures=folder, prior_pictures=3, class_prompts=prompts)
+    options = options.but(class_pictures=folder, prior_pictures=3, class_prompts=prompts)
     for process in range(2):
         draw_class_pictures(family, options, [(32, 32), (32, 16)], process, 2)
     first = {path.name: path.read_bytes() for path in class_files(options)}
@@ -206,7 +208,7 @@ def test_latents_are_drawn_from_their_distribution():
         torch.stack([torch.full((1, 64, 64), 3.0), torch.full((1, 64, 64), 0.5)]), *[torch.ones(64, 64)] * 2, 0
     )
     data = TrainingSet([sample], ("sks",), 1, "")
-    options = LoraOptions(base_model="", references=Path(), output=Path(), batch_size=2)
+    options = LoraOptions.of(base_model="", references=Path(), output=Path(), batch_size=2)
 
     def clean(latents, noise, level):
         return Noised(latents, noise, level, level)

@@ -1,7 +1,6 @@
 """Every model family, tiny and real: our conditioning, latents and denoiser call are the pipeline's own, and what was
 trained comes back from a stock `load_lora_weights` with difference 0."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -107,7 +106,7 @@ def draw(pipe: DiffusionPipeline) -> torch.Tensor:
 
 @pytest.fixture
 def options(photo_dir: Path, tmp_path: Path) -> LoraOptions:
-    return LoraOptions(
+    return LoraOptions.of(
         base_model="",
         references=photo_dir,
         output=tmp_path / "lora",
@@ -153,7 +152,7 @@ def test_target_is_what_the_scheduler_takes_the_output_for(name, folders, option
     """From the exact answer, the pipeline's scheduler steps to the clean latents (or straight towards them)."""
     family = family_of(folders(name))
     latents, noise = torch.randn(2, 1, 4, 8, 8)
-    noised = noising_of(family.pipe.scheduler, options)(latents, noise, torch.tensor([0.5]))
+    noised = noising_of(family.pipe.scheduler, options.noise)(latents, noise, torch.tensor([0.5]))
     flows = name in ("sd3", "flux", "qwen", "z_image")
     assert noised.timesteps.is_floating_point() == flows
     if flows:
@@ -204,7 +203,7 @@ def test_trained_text_encoders_start_as_the_frozen_ones(name, folders, options):
     family = family_of(folders(name))
     frozen = family.encode_prompts(PROMPTS, torch.device("cpu"))
     table = frozen | family.tokenize(PROMPTS)
-    add_adapters(family, dataclasses.replace(options, text_rank=2))
+    add_adapters(family, options.but(text_rank=2).adapter, options.data.token)
     model = PromptedDenoiser(family, family.text_names)
     embedded = family.embed(dict(model.text.items()), table)
     assert embedded.keys() == frozen.keys()
@@ -220,8 +219,7 @@ def test_trained_text_encoders_start_as_the_frozen_ones(name, folders, options):
 def test_stock_reload_equals_the_samples_of_training(name, dora, folders, options):
     """Alpha is kept: the last early sample, drawn in the run, is what a stock pipeline draws with the file."""
     drawn = []
-    options = dataclasses.replace(
-        options,
+    options = options.but(
         base_model=str(folders(name)),
         dora=dora,
         text_rank=2 if name in WITH_TEXT and not dora else 0,
@@ -235,7 +233,7 @@ def test_stock_reload_equals_the_samples_of_training(name, dora, folders, option
     assert (drawn[0] - before).abs().max() > 1e-4
     assert read_metadata(output)["rank"] == 4
     text = {key.split(".")[0] for key in load_file(output / WEIGHTS_NAME)} - {"unet", "transformer"}
-    assert text == (set(FAMILIES[type(pipe).__name__].text_names) if options.text_rank else set())
+    assert text == (set(FAMILIES[type(pipe).__name__].text_names) if options.adapter.text_rank else set())
     checked = load(folders(name))
     load_lora(checked, output)
     assert torch.equal(draw(checked), drawn[0])
@@ -261,22 +259,22 @@ def test_nothing_is_encoded_twice(name, folders, options, monkeypatch):
         return family
 
     monkeypatch.setattr(lora, "load_family", load_and_count)
-    train_lora(dataclasses.replace(options, base_model=str(folders(name)), steps=5, text_rank=0))
+    train_lora(options.but(base_model=str(folders(name)), steps=5, text_rank=0))
     assert calls == {
         "vae": 4,
-        "text": len(load_family(dataclasses.replace(options, base_model=str(folders(name)))).text_encoders()),
+        "text": len(load_family(options.but(base_model=str(folders(name)))).text_encoders()),
     }
 
 
 @pytest.mark.parametrize("name", ["sd", "flux", "z_image"])
 def test_checkpointed_gradients_and_half_precision_train(name, folders, options):
-    base = dataclasses.replace(options, base_model=str(folders(name)))
+    base = options.but(base_model=str(folders(name)))
     plain = load_file(train_lora(base) / WEIGHTS_NAME)
-    lean = dataclasses.replace(base, gradient_checkpointing="on", output=base.output.with_name("lean"))
+    lean = base.but(gradient_checkpointing="on", output=base.output.with_name("lean"))
     recomputed = load_file(train_lora(lean) / WEIGHTS_NAME)
     for key in plain:
         torch.testing.assert_close(recomputed[key], plain[key])
-    half = dataclasses.replace(base, precision="bf16", base_precision="same", output=base.output.with_name("half"))
+    half = base.but(precision="bf16", base_precision="same", output=base.output.with_name("half"))
     weights = load_file(train_lora(half) / WEIGHTS_NAME)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
@@ -294,7 +292,7 @@ def test_pack_and_unpack_are_the_pipelines():
 
 def test_text_lora_is_refused_where_none_can_be_loaded(folders, options):
     with pytest.raises(InputError, match="--text-rank 2: ZImagePipeline takes no"):
-        train_lora(dataclasses.replace(options, base_model=str(folders("z_image")), text_rank=2))
+        train_lora(options.but(base_model=str(folders("z_image")), text_rank=2))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "sd_v_prediction"])
@@ -313,9 +311,9 @@ def test_a_lora_that_would_load_no_layer_is_refused(name, folders, tmp_path):
 def test_unknown_pipelines_and_layers_are_refused(folders, options, tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "LTXPipeline"}')
     with pytest.raises(InputError, match="is a LTXPipeline; give one of StableDiffusionPipeline"):
-        train_lora(dataclasses.replace(options, base_model=str(tmp_path)))
+        train_lora(options.but(base_model=str(tmp_path)))
     with pytest.raises(InputError, match="--target-modules"):
-        train_lora(dataclasses.replace(options, base_model=str(folders("flux")), target_modules=("nowhere",)))
+        train_lora(options.but(base_model=str(folders("flux")), target_modules=("nowhere",)))
 
 
 def test_validation_can_end_the_run(folders, options):
@@ -326,7 +324,7 @@ def test_validation_can_end_the_run(folders, options):
         snapshot.save(options.output / f"best-{snapshot.step}", score=0.5)
         return snapshot.step < 2
 
-    many = dataclasses.replace(options, base_model=str(folders("z_image")), steps=9, validate_every=1)
+    many = options.but(base_model=str(folders("z_image")), steps=9, validate_every=1)
     output = train_lora(many, stop)
     assert seen == [1, 2]
     assert read_metadata(output)["steps"] == 2

@@ -1,7 +1,6 @@
 """Micro-batches: what a step learns does not depend on how many pictures go through at once, and a step that runs out
 of memory is done again with fewer. Run as a script, this file is one of two processes, of which one has less memory."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -19,6 +18,7 @@ from torch import Tensor
 from nearid_personalize.errors import InputError
 from nearid_personalize.training.lora import loop as lora
 from nearid_personalize.training.lora.loop import WEIGHTS_NAME, LoraOptions, LoraRun, train_lora
+from nearid_personalize.training.lora.options import flat
 from nearid_personalize.training.lora.pictures import batch_loss, make_batch, parts, read_references
 from nearid_personalize.training.lora.reward import enroll_reward
 
@@ -33,7 +33,7 @@ def options(tiny_kl_pipeline_dir: Path, photo_dir: Path, tmp_path: Path) -> Lora
         mask.paste(255, (0, 0, 12 * (index + 1), 48))
         mask.save(photo_dir / f"photo-{index}.mask.png")
     (photo_dir / "photo-0.txt").write_text("sks dog at night")
-    return LoraOptions(
+    return LoraOptions.of(
         base_model=str(tiny_kl_pipeline_dir),
         references=photo_dir,
         output=tmp_path / "lora",
@@ -53,8 +53,8 @@ def options(tiny_kl_pipeline_dir: Path, photo_dir: Path, tmp_path: Path) -> Lora
 
 def start(options: LoraOptions) -> LoraRun:
     torch.manual_seed(0)
-    accelerator, references = Accelerator(), read_references(options)
-    return LoraRun(options, accelerator, references, enroll_reward(options, references, accelerator.device))
+    accelerator, references = Accelerator(), read_references(options.data)
+    return LoraRun.open(options, accelerator, references, enroll_reward(options, references, accelerator.device))
 
 
 def gradients(run: LoraRun) -> tuple[float, Tensor]:
@@ -78,8 +78,7 @@ def remember(denoiser: torch.nn.Module, limit: Callable[[], int] = lambda: 99) -
 
 
 def rewarded(options: LoraOptions, model: Path) -> LoraOptions:
-    return dataclasses.replace(
-        options,
+    return options.but(
         reward_weight=2.0,
         reward_model=str(model),
         reward_warmup=0.0,
@@ -92,11 +91,11 @@ def rewarded(options: LoraOptions, model: Path) -> LoraOptions:
 @pytest.mark.parametrize("reward", [False, True])
 def test_gradients_do_not_depend_on_the_micro_batch(reward, options, tiny_nearid_dir):
     options = rewarded(options, tiny_nearid_dir) if reward else options
-    options = dataclasses.replace(options, gradient_accumulation_steps=2)
-    whole_loss, whole = gradients(start(dataclasses.replace(options, micro_batch_size=8)))
+    options = options.but(gradient_accumulation_steps=2)
+    whole_loss, whole = gradients(start(options.but(micro_batch_size=8)))
     assert whole.abs().max() > 0
     for size in (1, 2, 3, 4):
-        run = start(dataclasses.replace(options, micro_batch_size=size))
+        run = start(options.but(micro_batch_size=size))
         seen = remember(run.family.denoiser)
         loss, found = gradients(run)
         assert max(seen) == size
@@ -130,7 +129,7 @@ def test_a_step_that_runs_out_of_memory_is_done_again_with_fewer_pictures(option
 
 
 def test_gradients_are_checkpointed_before_giving_up(options, capsys):
-    run = start(dataclasses.replace(options, micro_batch_size=2))
+    run = start(options.but(micro_batch_size=2))
     denoiser = run.family.denoiser
     seen = remember(denoiser, lambda: 1 if denoiser.is_gradient_checkpointing else 0)
     run.take_step(1)
@@ -140,7 +139,7 @@ def test_gradients_are_checkpointed_before_giving_up(options, capsys):
 
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 def test_one_picture_too_many_is_told_in_one_line(checkpointing, options):
-    run = start(dataclasses.replace(options, gradient_checkpointing=checkpointing))
+    run = start(options.but(gradient_checkpointing=checkpointing))
     remember(run.family.denoiser, lambda: 0)
     with pytest.raises(InputError, match=r"out of memory with one picture at a time: try .*--resolution") as error:
         run.take_step(1)
@@ -166,8 +165,7 @@ def test_large_pictures_go_through_a_few_at_a_time(options, monkeypatch):
 def main(file: str) -> None:
     """Train as the file says; process 1 has memory for two pictures. Leave how many went through at once."""
     told = json.loads(Path(file).read_text())
-    told = {name: value for name, value in told.items() if not isinstance(value, dict)}  # groups have their defaults
-    options = LoraOptions(**{**told, "references": Path(told["references"]), "output": Path(told["output"])})
+    options = LoraOptions.of(**{**told, "references": Path(told["references"]), "output": Path(told["output"])})
     rank, sizes = int(os.environ["RANK"]), []
     take_step = lora.LoraRun.take_step
 
@@ -185,11 +183,11 @@ def main(file: str) -> None:
 
 def test_two_processes_agree_on_the_micro_batch(options, tmp_path):
     """One of them runs out of memory: both go on with less, to the weights of one process that had enough."""
-    options = dataclasses.replace(options, steps=3, batch_size=4, prior_pictures=0, class_prompts=())
-    one = dataclasses.replace(options, output=tmp_path / "one", gradient_accumulation_steps=2)
+    options = options.but(steps=3, batch_size=4, prior_pictures=0, class_prompts=())
+    one = options.but(output=tmp_path / "one", gradient_accumulation_steps=2)
     expected = load_file(train_lora(one) / WEIGHTS_NAME)
     file = tmp_path / "options.json"
-    file.write_text(json.dumps(dataclasses.asdict(options), default=str))
+    file.write_text(json.dumps(flat(options), default=str))
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(file)],
         env={

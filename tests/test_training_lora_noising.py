@@ -1,6 +1,5 @@
 """Noising, targets and weights against slow restatements of their formulas."""
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -8,18 +7,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.training.lora.noising import flow_levels, flow_weights, noising_of, stratified_levels
+from nearid_personalize.training.lora.noising import flow_levels, flow_noising, noising_of, stratified_levels
 from nearid_personalize.training.lora.options import LoraOptions
 
-OPTIONS = LoraOptions(base_model="", references=Path(), output=Path())
+OPTIONS = LoraOptions.of(base_model="", references=Path(), output=Path())
 
 
 def test_flow_noising_is_what_the_shipped_scheduler_inverts():
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    noising = noising_of(scheduler, OPTIONS)
+    noising = noising_of(scheduler, OPTIONS.noise)
     latents, noise = torch.randn(2, 3, 4, 4, 4)
     noised = noising(latents, noise, torch.tensor([0.1, 0.5, 0.9]))
     noisy, target, timesteps = noised.noisy, noised.target, noised.timesteps
@@ -32,8 +30,8 @@ def test_diffusion_noising_matches_a_slow_oracle(prediction_type):
     scheduler = DDPMScheduler(prediction_type=prediction_type)
     latents, noise = torch.randn(2, 3, 4, 4, 4)
     levels = torch.tensor([0.001, 0.5, 0.999])
-    plain = noising_of(scheduler, OPTIONS)(latents, noise, levels)
-    capped = noising_of(scheduler, dataclasses.replace(OPTIONS, min_snr_gamma=5.0))(latents, noise, levels)
+    plain = noising_of(scheduler, OPTIONS.noise)(latents, noise, levels)
+    capped = noising_of(scheduler, OPTIONS.but(min_snr_gamma=5.0).noise)(latents, noise, levels)
     assert plain.timesteps.tolist() == [1, 500, 999] and plain.weights.tolist() == [1, 1, 1]
     for i, t in enumerate(plain.timesteps.tolist()):
         a, s = math.sqrt(scheduler.alphas_cumprod[t]), math.sqrt(1 - scheduler.alphas_cumprod[t])
@@ -47,19 +45,31 @@ def test_diffusion_noising_matches_a_slow_oracle(prediction_type):
 
 def test_flow_time_is_shifted_as_the_scheduler_shifts_it():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    noising = noising_of(scheduler, dataclasses.replace(OPTIONS, flow_weighting="none"))
+    noising = noising_of(scheduler, OPTIONS.but(flow_weighting="none").noise)
     latents, noise = torch.randn(2, 3, 4, 4, 4)
     timesteps = noising(latents, noise, torch.tensor([0.9, 0.5, 0.1])).timesteps
     torch.testing.assert_close(timesteps, scheduler.timesteps[[100, 500, 900]])
     dynamic = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    noising = noising_of(dynamic, dataclasses.replace(OPTIONS, flow_weighting="none"))
+    noising = noising_of(dynamic, OPTIONS.but(flow_weighting="none").noise)
     torch.testing.assert_close(noising(latents, noise, torch.tensor([0.9, 0.5, 0.1])).timesteps[1].item(), 500.0)
 
 
-@pytest.mark.parametrize(("name", "known"), [("sigma-sqrt", "sigma_sqrt"), ("cosmap", "cosmap"), ("none", "none")])
-def test_flow_weights_are_those_of_stable_diffusion_3(name, known):
-    t = torch.tensor([0.1, 0.5, 0.9])
-    torch.testing.assert_close(flow_weights(t, name), compute_loss_weighting_for_sd3(known, t))
+@pytest.mark.parametrize(
+    ("name", "formula"),
+    [
+        ("sigma-sqrt", lambda t: t**-2),
+        ("cosmap", lambda t: 2 / (math.pi * (1 - 2 * t + 2 * t**2))),
+        ("none", lambda t: 1.0),
+        ("logit-normal", lambda t: 1.0),
+        ("mode", lambda t: 1.0),
+    ],
+)
+def test_errors_of_flows_are_weighted_as_in_the_paper(name, formula):
+    """arXiv:2403.03206, section 3.1; a density of noise levels asks for no weights."""
+    latents, noise = torch.randn(2, 3, 4, 2, 2)
+    noised = flow_noising(latents, noise, torch.tensor([0.1, 0.5, 0.9]), name)
+    levels = (noised.timesteps / 1000).tolist()
+    assert noised.weights.tolist() == pytest.approx([formula(t) for t in levels], rel=1e-5)
 
 
 def test_flow_levels_have_the_density_asked_for():
@@ -81,4 +91,4 @@ def test_levels_cover_every_slice():
 
 def test_unknown_prediction_type_is_refused():
     with pytest.raises(InputError, match="'sample'"):
-        noising_of(DDPMScheduler(prediction_type="sample"), OPTIONS)
+        noising_of(DDPMScheduler(prediction_type="sample"), OPTIONS.noise)

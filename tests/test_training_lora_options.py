@@ -1,25 +1,25 @@
 """Options of the optimizer, its schedule and the batches: each does what it says, and is refused where it cannot."""
 
-import dataclasses
 import math
 from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from safetensors.torch import load_file
 
 from nearid_personalize.errors import InputError
 from nearid_personalize.training.lora.adapters import make_optimizer, make_schedule
 from nearid_personalize.training.lora.loop import WEIGHTS_NAME, train_lora
 from nearid_personalize.training.lora.noising import flow_noising, noising_of
-from nearid_personalize.training.lora.options import BaseSource, LoraOptions, Publishing, flat
+from nearid_personalize.training.lora.options import GROUPS, BaseSource, LoraOptions, Publishing, flat
 from nearid_personalize.training.lora.pictures import NO_CAPTION, Sample, TrainingSet, make_batch
 
-OPTIONS = LoraOptions(base_model="", references=Path(), output=Path(), batch_size=4)
+OPTIONS = LoraOptions.of(base_model="", references=Path(), output=Path(), batch_size=4)
 
 
 def with_options(**more: object) -> LoraOptions:
-    return dataclasses.replace(OPTIONS, **more)
+    return OPTIONS.but(**more)
 
 
 # --- learning rates over the steps -----------------------------------------------------------------------------------
@@ -28,7 +28,7 @@ def with_options(**more: object) -> LoraOptions:
 def rates(steps: int, **more: object) -> list[float]:
     """The learning rate of every step of a run, for a rate of 1."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = make_schedule(optimizer, with_options(steps=steps, **more))
+    schedule = make_schedule(optimizer, with_options(steps=steps, **more).optimization, steps)
     found = []
     for _ in range(steps):
         found.append(optimizer.param_groups[0]["lr"])
@@ -61,7 +61,7 @@ def test_the_optimizer_decays_weights_as_told(name):
         pytest.importorskip("prodigyopt")
     for decay in (0.0, 0.02):
         groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": 1e-4}]
-        optimizer = make_optimizer(groups, with_options(optimizer=name, weight_decay=decay))
+        optimizer = make_optimizer(groups, with_options(optimizer=name, weight_decay=decay).optimization)
         assert optimizer.param_groups[0]["weight_decay"] == decay
 
 
@@ -69,7 +69,7 @@ def test_gradients_are_cut_down_to_the_norm(tiny_pipeline_dir, photo_dir, tmp_pa
     """Cut to nearly nothing, they are drowned by Adam's epsilon of 1e-8."""
     moved = {}
     for norm in (1.0, 1e-12, math.inf):
-        options = LoraOptions(
+        options = LoraOptions.of(
             base_model=str(tiny_pipeline_dir),
             references=photo_dir,
             output=tmp_path / str(norm),
@@ -128,13 +128,13 @@ def test_offset_noise_is_one_value_for_a_channel():
 def test_offset_noise_is_for_diffusion(tiny_pipeline_dir):
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-    noising_of(DDIMScheduler(), with_options(noise_offset=0.1))
+    noising_of(DDIMScheduler(), with_options(noise_offset=0.1).noise)
     with pytest.raises(InputError, match="--noise-offset"):
-        noising_of(FlowMatchEulerDiscreteScheduler(), with_options(noise_offset=0.1))
+        noising_of(FlowMatchEulerDiscreteScheduler(), with_options(noise_offset=0.1).noise)
 
 
 def test_the_empty_caption_is_encoded_where_captions_are_dropped(tiny_pipeline_dir, photo_dir, tmp_path):
-    options = LoraOptions(
+    options = LoraOptions.of(
         base_model=str(tiny_pipeline_dir),
         references=photo_dir,
         output=tmp_path / "out",
@@ -173,15 +173,32 @@ def test_options_name_the_wrong_flag(change, flag):
         with_options(**change)
 
 
-def test_a_group_is_flags_like_the_others():
-    options = with_options(source=BaseSource(variant="fp16"), publishing=Publishing(push_to_hub="me/sks"))
-    told = flat(options)
-    assert (told["variant"], told["push_to_hub"], told["batch_size"]) == ("fp16", "me/sks", 4)
-    assert "source" not in told and "publishing" not in told
+def test_options_are_known_by_their_flags_whatever_their_group():
+    options = with_options(source=BaseSource(variant="fp16"), publishing=Publishing(push_to_hub="me/sks"), rank=3)
+    values = flat(options)
+    assert (values["variant"], values["push_to_hub"], values["batch_size"], values["rank"]) == ("fp16", "me/sks", 4, 3)
+    assert not GROUPS.keys() & values.keys()
+    assert options.adapter.rank == 3 and options.but(rank=5).adapter.rank == 5
+    assert LoraOptions.of(**values) == options
+
+
+def test_a_misspelt_option_is_an_error():
+    with pytest.raises(TypeError, match="rnak"):
+        with_options(rnak=3)
+
+
+def test_every_group_is_spelt_as_plain_flags():
+    flags = ["--base-model", "m", "--references", "r", "--output", "o", "--rank", "3", "--optimizer", "prodigy"]
+    flags += ["--reward-weight", "0.5", "--reward-model", "h", "--no-train-token", "--min-snr-gamma", "5", "--resume"]
+    options = tyro.cli(LoraOptions, args=flags)
+    expected = LoraOptions.of(base_model="m", references=Path("r"), output=Path("o"), rank=3, optimizer="prodigy")
+    assert options == expected.but(
+        reward_weight=0.5, reward_model="h", train_token=False, min_snr_gamma=5.0, resume=True
+    )
 
 
 def test_resume_names_a_flag_of_a_group(tiny_pipeline_dir, photo_dir, tmp_path):
-    options = LoraOptions(
+    options = LoraOptions.of(
         base_model=str(tiny_pipeline_dir),
         references=photo_dir,
         output=tmp_path / "out",
@@ -194,7 +211,7 @@ def test_resume_names_a_flag_of_a_group(tiny_pipeline_dir, photo_dir, tmp_path):
         precision="fp32",
     )
     train_lora(options)
-    resumed = dataclasses.replace(options, resume=True, publishing=Publishing(report_to=("tensorboard",)))
+    resumed = options.but(resume=True, publishing=Publishing(report_to=("tensorboard",)))
     train_lora(resumed)
     with pytest.raises(InputError, match="--resume: --revision was None, now 'old'"):
-        train_lora(dataclasses.replace(resumed, source=BaseSource(revision="old")))
+        train_lora(resumed.but(source=BaseSource(revision="old")))

@@ -3,7 +3,6 @@
 The frozen weights are in the run's precision (`base_precision="same"`), as they are by default on an accelerator.
 """
 
-import dataclasses
 import itertools
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def options(folders, tiny_nearid_dir: Path, tmp_path_factory) -> LoraOptions:  #
     photos = tmp_path_factory.mktemp("photos")
     for seed in range(2):
         checkered(seed).save(photos / f"photo-{seed}.png")
-    return LoraOptions(
+    return LoraOptions.of(
         base_model="",
         references=photos,
         output=photos,
@@ -61,8 +60,7 @@ def options(folders, tiny_nearid_dir: Path, tmp_path_factory) -> LoraOptions:  #
 
 
 def options_of(options: LoraOptions, folder: Path, precision: str, feature: str, output: Path) -> LoraOptions:
-    return dataclasses.replace(
-        options,
+    return options.but(
         base_model=str(folder),
         output=output,
         precision=precision,
@@ -78,7 +76,7 @@ def test_every_family_trains_in_every_precision(name, precision, feature, folder
     def look(snapshot: Snapshot) -> None:
         assert snapshot.pipe.vae.dtype == PRECISIONS[precision]
         drawn.append(snapshot.pipe("sks dog", height=32, width=32, num_inference_steps=1, output_type="pt").images)
-        losses.append(snapshot.loss_on(read_references(run)))
+        losses.append(snapshot.loss_on(read_references(run.data)))
 
     run = options_of(options, folders(name), precision, feature, tmp_path / "lora")
     output = train_lora(run, look, lambda step, loss: losses.append(loss))
@@ -116,7 +114,7 @@ def accelerate_in_float16(monkeypatch) -> Accelerator:
 def clipped_norm(options: LoraOptions, accelerator: Accelerator) -> float:
     """The length of the first step's gradient, as it is clipped."""
     torch.manual_seed(0)
-    run, norms = LoraRun(options, accelerator, read_references(options)), []
+    run, norms = LoraRun.open(options, accelerator, read_references(options.data)), []
     clip = accelerator.clip_grad_norm_
     accelerator.clip_grad_norm_ = lambda *args: norms.append(float(clip(*args)))
     run.take_step(1)
@@ -126,15 +124,15 @@ def clipped_norm(options: LoraOptions, accelerator: Accelerator) -> float:
 @pytest.mark.parametrize("precision", ["fp16", "auto"])
 def test_accelerates_scaled_loss_is_not_scaled_again(precision, accelerate_in_float16, folders, options, tmp_path):  # noqa: F811
     exact = options_of(options, folders("sd"), "fp32", "plain", tmp_path / "lora")
-    half = dataclasses.replace(exact, precision=precision, base_precision="fp32")
-    assert not LoraRun(half, accelerate_in_float16, read_references(half)).scaler.is_enabled()
+    half = exact.but(precision=precision, base_precision="fp32")
+    assert not LoraRun.open(half, accelerate_in_float16, read_references(half.data)).scaler.is_enabled()
     scaled = clipped_norm(half, accelerate_in_float16)
     assert scaled == pytest.approx(clipped_norm(exact, Accelerator()), rel=0.02)
 
 
 def test_our_own_scale_is_taken_out_before_clipping(folders, options, tmp_path):  # noqa: F811
     exact = options_of(options, folders("sd"), "fp32", "plain", tmp_path / "lora")
-    half = dataclasses.replace(exact, precision="fp16", base_precision="fp32")
+    half = exact.but(precision="fp16", base_precision="fp32")
     assert clipped_norm(half, Accelerator()) == pytest.approx(clipped_norm(exact, Accelerator()), rel=0.02)
 
 

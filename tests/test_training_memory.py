@@ -1,6 +1,5 @@
 """What a LoRA run will need: counted on fake tensors, without weights, and close to what a real step takes."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -16,13 +15,13 @@ from nearid_personalize.training.lora.memory import Needs, PeakMemory, bytes_of,
 from nearid_personalize.training.lora.options import LoraOptions
 
 ROOT = Path(__file__).parent.parent
-PLAN = LoraOptions(
+PLAN = LoraOptions.of(
     base_model="", references=Path(), output=Path(), resolution=64, validate_every=1, batch_size=2, text_rank=0
 )
 
 
 def plan(folder: Path, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, **changes: object) -> Needs:
-    options = dataclasses.replace(PLAN, base_model=str(folder), **changes)
+    options = PLAN.but(base_model=str(folder), **changes)
     return needs_of(outline(options, dtype), options, device, dtype)
 
 
@@ -94,7 +93,7 @@ def test_checkpoints_count_on_the_disk(folders):  # noqa: F811
 
 def test_a_base_model_without_configurations_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"--base-model .*nowhere"):
-        dry_run(dataclasses.replace(PLAN, base_model=str(tmp_path / "nowhere")))
+        dry_run(PLAN.but(base_model=str(tmp_path / "nowhere")))
 
 
 def test_dry_run_prints_the_plan_and_trains_nothing(tmp_path, photo_dir):

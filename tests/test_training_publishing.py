@@ -20,7 +20,7 @@ TOKEN = "hf_of_this_test"
 
 
 def options(base_model: Path, photos: Path, output: Path, **publishing) -> LoraOptions:
-    return LoraOptions(
+    return LoraOptions.of(
         base_model=str(base_model),
         references=photos,
         output=output,

@@ -1,7 +1,6 @@
 """A LoRA run whose frozen weights are sharded over two processes is the run of one process. Run as a script, this file
 is one of these processes."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -20,6 +19,7 @@ from nearid_personalize.lora.samples import draw_samples
 from nearid_personalize.training.lora import loop as lora
 from nearid_personalize.training.lora.checkpoints import checkpoints
 from nearid_personalize.training.lora.loop import WEIGHTS_NAME, LoraOptions, Snapshot, train_lora
+from nearid_personalize.training.lora.options import flat
 from nearid_personalize.training.lora.pictures import read_references
 from nearid_personalize.training.lora.sharding import requested_sharding
 
@@ -29,7 +29,7 @@ PROMPT = "a photo of sks dog"
 
 @pytest.fixture
 def options(photo_dir: Path, tmp_path: Path) -> LoraOptions:
-    return LoraOptions(
+    return LoraOptions.of(
         base_model=str(tmp_path / "base"),
         references=photo_dir,
         output=tmp_path / "sharded",
@@ -53,7 +53,7 @@ def look(snapshot: Snapshot, options: LoraOptions) -> bool:
     """Draw a picture and take a loss on the references, as a validation does."""
     generator = torch.Generator().manual_seed(0)
     image = snapshot.pipe(PROMPT, num_inference_steps=2, generator=generator, output_type="pt").images
-    seen = {"image": image, "loss": torch.tensor(snapshot.loss_on(read_references(options)))}
+    seen = {"image": image, "loss": torch.tensor(snapshot.loss_on(read_references(options.data)))}
     save_file(seen, options.output / f"seen-{snapshot.step}.safetensors")
     return True
 
@@ -73,8 +73,7 @@ def fail_once(snapshot: Snapshot, options: LoraOptions) -> bool:
 def main(file: str) -> None:
     """Train as the file says; leave what the process held of the frozen weights."""
     told = json.loads(Path(file).read_text())
-    told = {name: value for name, value in told.items() if not isinstance(value, dict)}  # groups have their defaults
-    options = LoraOptions(**{**told, "references": Path(told["references"]), "output": Path(told["output"])})
+    options = LoraOptions.of(**{**told, "references": Path(told["references"]), "output": Path(told["output"])})
     held: dict[str, int] = {"frozen": 0, "whole": 0}
     take_step = lora.LoraRun.take_step
 
@@ -92,8 +91,7 @@ def main(file: str) -> None:
 def train_sharded(options: LoraOptions, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     """`main` in two processes, told of FSDP as `accelerate launch` tells."""
     file = folder / "options.json"
-    told = {name: value for name, value in dataclasses.asdict(options).items() if not isinstance(value, dict)}
-    file.write_text(json.dumps(told, default=str))
+    file.write_text(json.dumps(flat(options), default=str))
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(file)],
@@ -116,8 +114,8 @@ def test_two_sharded_processes_train_what_one_does(family, text_rank, options, t
     """The same LoRA, pictures and losses on the way; resumed in the middle too; half the frozen weights in each."""
     pipe, _ = tiny_pipelines.build(family)
     pipe.save_pretrained(options.base_model)
-    options = dataclasses.replace(options, text_rank=text_rank)
-    one = dataclasses.replace(options, output=tmp_path / "one", gradient_accumulation_steps=4)
+    options = options.but(text_rank=text_rank)
+    one = options.but(output=tmp_path / "one", gradient_accumulation_steps=4)
     expected = load_file(train_lora(one, lambda snapshot: look(snapshot, one)) / WEIGHTS_NAME)
 
     done = train_sharded(options, tmp_path)
@@ -141,7 +139,7 @@ def test_two_sharded_processes_train_what_one_does(family, text_rank, options, t
     assert sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) < 4 * held[0]["whole"]
 
     (options.output / WEIGHTS_NAME).unlink()
-    done = train_sharded(dataclasses.replace(options, resume=True), tmp_path)
+    done = train_sharded(options.but(resume=True), tmp_path)
     assert done.returncode == 0, done.stderr
     resumed = load_file(options.output / WEIGHTS_NAME)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
@@ -159,7 +157,7 @@ def test_a_sharded_validation_that_runs_out_of_memory_ends_in_one_line(options, 
 def test_a_single_process_has_nothing_to_share(options, tmp_path, monkeypatch):
     pipe, _ = tiny_pipelines.build("flux")
     pipe.save_pretrained(options.base_model)
-    expected = load_file(train_lora(dataclasses.replace(options, output=tmp_path / "plain")) / WEIGHTS_NAME)
+    expected = load_file(train_lora(options.but(output=tmp_path / "plain")) / WEIGHTS_NAME)
     for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
         monkeypatch.setenv(name, value)
     weights = load_file(train_lora(options) / WEIGHTS_NAME)

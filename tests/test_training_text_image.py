@@ -41,7 +41,7 @@ def test_the_best_known_of_those_that_are_there_whole(cache):
 
 @pytest.mark.parametrize("base_model", ["owner/base", "miniworld"])
 def test_the_plan_says_what_measures_adherence(base_model, cache, capsys):
-    lora = train_lora.LoraOptions(base_model=base_model, references=Path(), output=Path(), validate_every=5)
+    lora = train_lora.LoraOptions.of(base_model=base_model, references=Path(), output=Path(), validate_every=5)
     told = {}
     for case in ("empty", "cached", "asked"):
         if case == "cached":

@@ -431,7 +431,7 @@ def test_numbers_that_are_none_are_refused(pipe, tmp_path):
 def test_the_quickstarts_own_kind_of_file_passes(tiny_pipeline_dir, photo_dir, pipe, tmp_path):
     from nearid_personalize.training.lora.loop import LoraOptions, train_lora
 
-    options = LoraOptions(
+    options = LoraOptions.of(
         base_model=str(tiny_pipeline_dir), references=photo_dir, output=tmp_path, rank=4, steps=1, resolution=32
     )
     info = check_lora_file(train_lora(options) / "pytorch_lora_weights.safetensors", pipe)

@@ -40,7 +40,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def options(tiny_pipeline_dir: Path, photo_dir: Path, tmp_path: Path) -> LoraOptions:
-    return LoraOptions(
+    return LoraOptions.of(
         base_model=str(tiny_pipeline_dir),
         references=photo_dir,
         output=tmp_path / "lora",
@@ -184,7 +184,7 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
 
 
 def test_the_best_checkpoint_is_kept_and_every_validation_told(options, told):
-    options = replace(options, publishing=Publishing(report_to=("tensorboard",)))
+    options = options.but(publishing=Publishing(report_to=("tensorboard",)))
     checks = run(options, replace(told, tensorboard=True))
     output, records = options.output, lines_of(options.output)
     assert [one["step"] for one in records] == [0, 1, 2, 3, 4]
@@ -196,7 +196,7 @@ def test_the_best_checkpoint_is_kept_and_every_validation_told(options, told):
     assert metadata["steps"] == metadata["validation"]["step"] == best["step"]
     assert metadata["validation"]["identity"] == best["identity"]
     assert metadata["validation"]["leave_one_out"] == pytest.approx(float(checks.subject.reference_scores.mean()))
-    assert metadata["references"] == fingerprint(read_references(options))
+    assert metadata["references"] == fingerprint(read_references(options.data))
     assert read_metadata(output / "last")["steps"] == 4
 
     for one in records:
@@ -221,7 +221,7 @@ def test_the_scored_pictures_are_what_the_kept_file_draws(options, told):
     pipe = StableDiffusionPipeline.from_pretrained(options.base_model, safety_checker=None)
     pipe.load_lora_weights(options.output)
     pipe.set_progress_bar_config(disable=True)
-    checks = IdentityValidation.open(replace(options, output=options.output / "again"), told)
+    checks = IdentityValidation.open(options.but(output=options.output / "again"), told)
     images = draw_samples(pipe, told.validation_prompts, range(2), num_inference_steps=1)
     scores = checks.scorer.score([image for row in images for image in row], checks.subject)
     assert float(scores.mean()) == pytest.approx(best["identity"], abs=1e-4)
@@ -230,7 +230,7 @@ def test_the_scored_pictures_are_what_the_kept_file_draws(options, told):
 @pytest.mark.parametrize(("resolution", "side"), [(None, 32), (16, 16)])
 def test_pictures_are_as_large_as_those_that_are_trained_on(options, told, resolution, side):
     """At the pipeline's own size a validation of SDXL takes four times the pixels of a training at 512."""
-    checks = IdentityValidation.open(replace(options, resolution=resolution), told)
+    checks = IdentityValidation.open(options.but(resolution=resolution), told)
     pipe = StableDiffusionPipeline.from_pretrained(options.base_model, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     plan = ValidationPlan(
@@ -256,7 +256,7 @@ def test_it_stops_when_identity_stops_growing(options, told):
 
 def test_floors_refuse_a_copy_paste_checkpoint(options, told, monkeypatch):
     """At step 3 the pictures are the reference photos themselves: nothing is more alike, and it is not kept."""
-    photos, draws = load_images(options.references), []
+    photos, draws = load_images(options.data.references), []
 
     def draw(*arguments, **more):
         draws.append(0)
@@ -271,7 +271,7 @@ def test_floors_refuse_a_copy_paste_checkpoint(options, told, monkeypatch):
 
 
 def test_where_nothing_passes_the_last_is_kept_and_said(options, told, capsys, monkeypatch):
-    photos = load_images(options.references)
+    photos = load_images(options.data.references)
     monkeypatch.setattr(validation, "draw_samples", lambda *_, **__: [photos[:2], photos[2:]])
     monkeypatch.setattr(Limits, "from_base", lambda *_: Limits(None, None, 0.25))
     checks = run(options, told)
@@ -306,7 +306,7 @@ def test_validations_are_fitted_to_the_budget_and_evenly_spaced(options, told, c
     """As asked, one validation would take a tenth of the run: 2 prompts, 2 seeds, 20 steps are 80 of 800 seconds."""
     clock = WorkClock(monkeypatch, training_step=40.0, denoising_step=1.0)
     told = replace(told, validation_steps=20, validation_budget=0.3)
-    checks = IdentityValidation.open(replace(options, steps=20, validate_every=2), told, clock)
+    checks = IdentityValidation.open(options.but(steps=20, validate_every=2), told, clock)
     train_lora(checks.options, checks)
     records = lines_of(options.output)
     steps = [one["step"] for one in records]
@@ -325,7 +325,7 @@ def test_validations_are_fitted_to_the_budget_and_evenly_spaced(options, told, c
 def test_where_one_validation_exceeds_the_budget_the_last_step_has_it(options, told, capsys, monkeypatch):
     clock = WorkClock(monkeypatch, training_step=1.0, denoising_step=10.0)
     told = replace(told, validation_steps=20, validation_budget=0.1)
-    checks = IdentityValidation.open(replace(options, steps=6), told, clock)
+    checks = IdentityValidation.open(options.but(steps=6), told, clock)
     train_lora(checks.options, checks)
     assert checks.finish()["step"] == 6 and [one["step"] for one in lines_of(options.output)] == [0, 6]
     assert "exceeds --validation-budget 0.1" in capsys.readouterr().err
@@ -342,7 +342,7 @@ def test_a_step_that_could_not_be_measured_never_loses(options, told, capsys, mo
         return draw_samples(*arguments, **more)
 
     monkeypatch.setattr(validation, "draw_samples", draw)
-    checks = run(replace(options, steps=3), told)
+    checks = run(options.but(steps=3), told)
     assert [one["step"] for one in lines_of(options.output)] == [0, 1, 2]
     assert read_metadata(options.output)["steps"] == 3 and not (options.output / "last").exists()
     heard = capsys.readouterr().err
@@ -372,7 +372,7 @@ def test_other_errors_than_memory_are_raised(options, told, monkeypatch):
 
 def test_a_resumed_run_keeps_its_plan_on_a_slower_machine(options, told, capsys, monkeypatch):
     told = replace(told, validation_steps=20, validation_budget=0.5)
-    options = replace(options, steps=8, checkpoint_every=3, keep_checkpoints=True)
+    options = options.but(steps=8, checkpoint_every=3, keep_checkpoints=True)
     clock = WorkClock(monkeypatch, training_step=40.0, denoising_step=1.0)
     checks = IdentityValidation.open(options, told, clock)
     train_lora(options, checks, on_step=lambda step, loss: step < 4)
@@ -380,7 +380,7 @@ def test_a_resumed_run_keeps_its_plan_on_a_slower_machine(options, told, capsys,
     assert clock.drawn[-1][2] == plan["denoising_steps"] < 20 and plan["steps"][0] < 4 < plan["steps"][-1]
 
     slower = WorkClock(monkeypatch, training_step=1.0, denoising_step=5.0)
-    again = IdentityValidation.open(replace(options, resume=True), told, slower)
+    again = IdentityValidation.open(options.but(resume=True), told, slower)
     train_lora(again.options, again)
     assert set(slower.drawn) == {clock.drawn[-1]}
     assert [one["step"] for one in lines_of(options.output)] == [0, *plan["steps"]]
@@ -394,10 +394,10 @@ class Interruption(Exception):
 @pytest.mark.parametrize("patience", [0, 3])
 def test_a_resumed_run_goes_on_with_its_best_and_its_patience(patience, options, told, tmp_path, monkeypatch):
     """Killed after the validation of step 3, resumed from the checkpoint of step 2."""
-    options = replace(options, steps=6, checkpoint_every=2)
+    options = options.but(steps=6, checkpoint_every=2)
     options = still(options) if patience else options
     told = replace(told, patience=patience)
-    whole = run(replace(options, output=tmp_path / "whole"), told)
+    whole = run(options.but(output=tmp_path / "whole"), told)
 
     take_step, drawn = lora.LoraRun.take_step, []
 
@@ -412,7 +412,7 @@ def test_a_resumed_run_goes_on_with_its_best_and_its_patience(patience, options,
     assert [one["step"] for one in lines_of(options.output)] == [0, 1, 2, 3]
 
     monkeypatch.setattr(validation, "draw_samples", lambda *a, **k: (drawn.append(0), draw_samples(*a, **k))[1])
-    run(replace(options, resume=True), told)
+    run(options.but(resume=True), told)
     records, expected = lines_of(options.output), whole.journal.records
     assert [one["step"] for one in records] == [one["step"] for one in expected]
     assert [one["identity"] for one in records] == pytest.approx([one["identity"] for one in expected])
@@ -425,8 +425,8 @@ def test_a_resumed_run_goes_on_with_its_best_and_its_patience(patience, options,
 
 
 def test_a_resumed_run_measures_what_it_measured_before(options, told):
-    train_lora(replace(options, checkpoint_every=2, keep_checkpoints=True), IdentityValidation.open(options, told))
-    resumed = replace(options, resume=True)
+    train_lora(options.but(checkpoint_every=2, keep_checkpoints=True), IdentityValidation.open(options, told))
+    resumed = options.but(resume=True)
     IdentityValidation.open(resumed, replace(told, patience=3))
     for change, flag in (({"validation_seeds": 3}, "--validation-seeds"), ({"validation_steps": 2}, "--validation-st")):
         with pytest.raises(InputError, match=f"--resume: {flag}"):
@@ -435,7 +435,7 @@ def test_a_resumed_run_measures_what_it_measured_before(options, told):
 
 def test_a_fresh_run_forgets_the_one_it_replaces(options, told):
     run(options, told)
-    run(replace(options, steps=2), told)
+    run(options.but(steps=2), told)
     assert [one["step"] for one in lines_of(options.output)] == [0, 1, 2]
     assert not (options.output / "validation" / "step-000004.png").exists()
 
@@ -448,14 +448,14 @@ def test_opening_writes_and_removes_nothing(options, told):
 
 
 def test_a_refused_fresh_run_forgets_nothing(options, told):
-    run(replace(options, checkpoint_every=2, keep_checkpoints=True), told)
+    run(options.but(checkpoint_every=2, keep_checkpoints=True), told)
     with pytest.raises(InputError, match="--resume"):
         run(options, told)
     assert [one["step"] for one in lines_of(options.output)] == [0, 1, 2, 3, 4]
 
 
 def test_looking_changes_nothing(options, told):
-    plain = load_file(train_lora(replace(options, output=options.output.with_name("plain"))) / WEIGHTS_NAME)
+    plain = load_file(train_lora(options.but(output=options.output.with_name("plain"))) / WEIGHTS_NAME)
     run(options, replace(told, keep="last"))
     seen = load_file(options.output / WEIGHTS_NAME)
     assert all(torch.equal(seen[name], plain[name]) for name in plain)
@@ -474,7 +474,7 @@ def test_without_its_lora_a_pipeline_is_its_base_model(options):
         assert [p.requires_grad for p in snapshot.pipe.text_encoder.parameters()] == trained
         drawn.append(draw_samples(snapshot.pipe, ["sks dog"], [0], num_inference_steps=1)[0][0])
 
-    train_lora(replace(options, steps=2, validate_every=2), look)
+    train_lora(options.but(steps=2, validate_every=2), look)
     assert drawn[0].tobytes() == expected.tobytes() != drawn[1].tobytes()
 
 
@@ -482,10 +482,10 @@ def test_the_validation_loss_is_of_the_pictures_given_and_always_the_same(option
     losses = []
 
     def look(snapshot):
-        pictures = read_references(options)
+        pictures = read_references(options.data)
         losses.append((snapshot.loss_on(pictures[:2]), snapshot.loss_on(pictures[:2]), snapshot.loss_on(pictures[2:])))
 
-    train_lora(replace(options, steps=2, validate_every=1), look)
+    train_lora(options.but(steps=2, validate_every=1), look)
     for first, again, others in losses:
         assert first == again != others and math.isfinite(first)
     assert losses[0][0] != losses[1][0]

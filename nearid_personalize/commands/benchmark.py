@@ -1,6 +1,7 @@
 """`nearid evaluate --benchmark`: the tables of the NearID paper (arXiv 2604.01973), the frozen trunk beside."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from nearid_personalize.encoder.model import NearIDModel
 from nearid_personalize.encoder.preprocessing import Preprocessing
 from nearid_personalize.encoder.trunks import has_class_token
 from nearid_personalize.errors import InputError
-from nearid_personalize.evaluation import INTERVALS, Interval, measure_agreement, measure_sources
+from nearid_personalize.evaluation import INTERVALS, measure_agreement, measure_sources
 from nearid_personalize.images import load_image
 from nearid_personalize.loading import choose_device, choose_dtype
 from nearid_personalize.names import packaged
@@ -243,68 +244,74 @@ def _agreements(name: str, data: RatedPictures, scores: Tensor, ratings: Tensor)
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
+Cell = Callable[[Mapping], str]
+"""What a measurement shows in one column."""
+
+
 def benchmark_table(benchmark: str | None, results: Sequence[Mapping]) -> str:
     """Measurements as aligned text; SSR and PA in percent as in the paper, correlations in [-1, 1]."""
-    cells = {"nearid": _nearid_cells, "mtg": _mtg_cells, "dreambench++": _dreambench_cells}[benchmark or "nearid"]
-    headings, rows = cells(results)
-    return aligned([headings, *rows])
+    columns = COLUMNS[benchmark or "nearid"]
+    rows = [list(columns)]
+    for measured in results:
+        rows.append([cell(measured) for cell in columns.values()])
+    return aligned(rows)
 
 
-def _nearid_cells(results: Sequence[Mapping]) -> tuple[list[str], list[list[str]]]:
-    headings = ["encoder", "distractors", "identities", "samples", "SSR %", "PA %", "PA % as published"]
-    rows = [
-        [
-            found["encoder"],
-            found["source"],
-            str(found["num_identities"]),
-            str(found["num_samples"]),
-            *(_percent(found[name], found[f"{name}_interval"]) for name in ("ssr", "pa", "published_pa")),
-        ]
-        for found in results
-    ]
-    return headings, rows
+def _text(name: str) -> Cell:
+    return lambda measured: str(measured[name])
 
 
-def _mtg_cells(results: Sequence[Mapping]) -> tuple[list[str], list[list[str]]]:
-    headings = ["encoder", "identities", "M-O", "M-O pair", "SSR %", "PA %"]
-    rows = [
-        [
-            found["encoder"],
-            str(found["num_identities"]),
-            *(_correlation(found[name], found[f"{name}_interval"]) for name in ("m_o", "m_o_pair")),
-            *(_percent(found[name], found[f"{name}_interval"]) for name in ("ssr", "pa")),
-        ]
-        for found in results
-    ]
-    return headings, rows
+def _percent(name: str) -> Cell:
+    """A share in [0, 1] and its interval, times 100."""
+
+    def cell(measured: Mapping) -> str:
+        low, high = measured[f"{name}_interval"]
+        share = _number(100 * measured[name], ".2f")
+        return f"{share} [{_number(100 * low, '.1f')}, {_number(100 * high, '.1f')}]"
+
+    return cell
 
 
-def _dreambench_cells(results: Sequence[Mapping]) -> tuple[list[str], list[list[str]]]:
-    headings = ["encoder", "category", "subjects", "pictures", "M-H", "s.e. over methods"]
-    rows = [
-        [
-            found["encoder"],
-            found["category"],
-            str(found["num_subjects"]),
-            str(found["num_pictures"]),
-            _correlation(found["m_h"], found["m_h_interval"]),
-            _number(found["standard_error"], ".3f"),
-        ]
-        for found in results
-    ]
-    return headings, rows
+def _correlation(name: str) -> Cell:
+    """A correlation and its interval."""
+
+    def cell(measured: Mapping) -> str:
+        low, high = measured[f"{name}_interval"]
+        return f"{_number(measured[name])} [{_number(low)}, {_number(high)}]"
+
+    return cell
 
 
-def _percent(value: float, interval: Interval) -> str:
-    low, high = (_number(100 * end, ".1f") for end in interval)
-    return f"{_number(100 * value, '.2f')} [{low}, {high}]"
-
-
-def _correlation(value: float, interval: Interval) -> str:
-    low, high = (_number(end, ".3f") for end in interval)
-    return f"{_number(value, '.3f')} [{low}, {high}]"
-
-
-def _number(value: float, form: str) -> str:
+def _number(value: float, form: str = ".3f") -> str:
     """A number as text, "-" where nothing was measured."""
-    return "-" if value != value else format(value, form)
+    return "-" if math.isnan(value) else format(value, form)
+
+
+COLUMNS: dict[str, dict[str, Cell]] = {
+    "nearid": {
+        "encoder": _text("encoder"),
+        "distractors": _text("source"),
+        "identities": _text("num_identities"),
+        "samples": _text("num_samples"),
+        "SSR %": _percent("ssr"),
+        "PA %": _percent("pa"),
+        "PA % as published": _percent("published_pa"),
+    },
+    "mtg": {
+        "encoder": _text("encoder"),
+        "identities": _text("num_identities"),
+        "M-O": _correlation("m_o"),
+        "M-O pair": _correlation("m_o_pair"),
+        "SSR %": _percent("ssr"),
+        "PA %": _percent("pa"),
+    },
+    "dreambench++": {
+        "encoder": _text("encoder"),
+        "category": _text("category"),
+        "subjects": _text("num_subjects"),
+        "pictures": _text("num_pictures"),
+        "M-H": _correlation("m_h"),
+        "s.e. over methods": lambda measured: _number(measured["standard_error"]),
+    },
+}
+"""Headings and cells of each benchmark's table."""

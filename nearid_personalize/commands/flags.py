@@ -4,7 +4,6 @@ The `nearid` command and the trainers share this, so that the same mistake reads
 """
 
 import errno
-import itertools
 import os
 import re
 import sys
@@ -98,17 +97,18 @@ def quieten_libraries() -> None:
             warnings.filterwarnings("ignore", category=category, module=_CHATTY)
 
 
-def _one_line(boxed: str) -> str:
-    """The message inside tyro's box, below its title and above the next rule; of missing flags only their names."""
-    texts = [line.strip("│╰╯ ") for line in boxed.splitlines()]
-    paragraphs = [list(group) for rule, group in itertools.groupby(texts, _is_rule) if not rule]
-    # The title is the box's upper edge, or where stdout cannot hold such an edge, a paragraph of its own.
-    message = paragraphs[0][1:] if boxed.startswith("╭") else paragraphs[1]
-    if message[0].startswith("Missing from"):
-        return "missing " + ", ".join(text.split()[0] for text in message if text.startswith("--"))
-    # A class name tells the reader nothing; a flag does.
-    return re.sub(r"^Error parsing (\w+: )?", "", " ".join(message)).rstrip(".")
+def _one_line(box: str) -> str:
+    """What tyro complains of, as one line without its frame; of missing flags only their names.
 
-
-def _is_rule(text: str) -> bool:
-    return bool(text) and set(text) <= {"─", "-"}
+    tyro prints a title, the complaint, a rule, and a footer. The title is in the upper edge of a frame; where the
+    terminal has no such characters, it is a line with a rule under it.
+    """
+    lines = [line.strip("│╰╯ ") for line in box.splitlines()]
+    rules = [number for number, line in enumerate(lines) if line and set(line) <= {"─", "-"}]
+    first = 1 if box.startswith("╭") else rules[0] + 1
+    last = next(number for number in rules if number >= first)
+    complaint = lines[first:last]
+    if complaint[0].startswith("Missing from"):
+        return "missing " + ", ".join(line.split()[0] for line in complaint if line.startswith("--"))
+    # A class name tells the reader nothing; a flag does
+    return re.sub(r"^Error parsing (\w+: )?", "", " ".join(complaint)).rstrip(".")

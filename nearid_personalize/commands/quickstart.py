@@ -60,7 +60,7 @@ def quickstart_lora(
     """The LoRA recipe of the quickstart: rates, batch and no prior pictures as one validation subject favoured."""
     from nearid_personalize.training.lora.loop import LoraOptions
 
-    return LoraOptions(
+    return LoraOptions.of(
         base_model="miniworld",
         references=references,
         output=output,

@@ -272,7 +272,7 @@ class Studio:
         from nearid_personalize.training.lora.loop import train_lora
 
         self._known(request.base_model)
-        options = replace(lora_options(request, self.lora_steps, self.dtype), attention=self.attention)
+        options = lora_options(request, self.lora_steps, self.dtype).but(attention=self.attention)
         if self.device != "cpu":
             self._pipeline = None  # two base models would not fit
         subject = self.scorer.enroll(request.photos)
@@ -288,7 +288,7 @@ class Studio:
 
         def look(snapshot: "Snapshot") -> None:
             nonlocal told
-            samples = draw_samples(snapshot.pipe, options.prompt)
+            samples = draw_samples(snapshot.pipe, options.data.prompt)
             identity = float(self.scorer.score(samples, subject).mean())
             told = replace(told, samples=tuple(samples), curve=(*told.curve, (snapshot.step, identity)))
             report_progress(told)
@@ -384,13 +384,18 @@ def lora_options(
         options = quickstart_lora(request.photos, request.output, request.word, steps, request.seed)
     else:
         prompt = f"a photo of {TOKEN} {request.word}"
-        options = LoraOptions(
-            request.base_model, request.photos, request.output, prompt, batch_size=1, seed=request.seed
+        options = LoraOptions.of(
+            base_model=request.base_model,
+            references=request.photos,
+            output=request.output,
+            prompt=prompt,
+            batch_size=1,
+            seed=request.seed,
         )
-        options = replace(options, steps=steps or options.steps, gradient_checkpointing="on")
+        options = options.but(steps=steps or options.steps, gradient_checkpointing="on")
     if dtype in HALF:
-        options = replace(options, precision=HALF[dtype], base_precision="same")
-    return replace(options, validate_every=max(1, options.steps // LOOKS_WHILE_TRAINING))
+        options = options.but(precision=HALF[dtype], base_precision="same")
+    return options.but(validate_every=max(1, options.steps // LOOKS_WHILE_TRAINING))
 
 
 def draw_samples(pipe: "DiffusionPipeline", prompt: str) -> list[Image.Image]:

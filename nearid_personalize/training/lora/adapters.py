@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from nearid_personalize.errors import InputError
 from nearid_personalize.lora.check import check_peft
 from nearid_personalize.training.lora.families import Family, Table
-from nearid_personalize.training.lora.options import LoraOptions
+from nearid_personalize.training.lora.options import AdapterOptions, OptimizerOptions
 
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
@@ -61,7 +61,7 @@ def autocast_to(dtype: torch.dtype | None, device: str) -> AbstractContextManage
     return torch.autocast(device, dtype)
 
 
-def trained_text(family: Family, options: LoraOptions) -> tuple[tuple[str, ...], int]:
+def trained_text(family: Family, options: AdapterOptions, token: str) -> tuple[tuple[str, ...], int]:
     """Which text encoders are trained, and their LoRA's rank; InputError when family, token and options disagree, or
     releases."""
     rank = family.text_rank if options.text_rank is None else options.text_rank
@@ -73,13 +73,15 @@ def trained_text(family: Family, options: LoraOptions) -> tuple[tuple[str, ...],
     if names:
         check_peft()
     for name in names if options.train_token else ():
-        token_id(family.tokenizer(name), options.token, "token")
+        token_id(family.tokenizer(name), token, "token")
     return names, rank
 
 
-def add_adapters(family: Family, options: LoraOptions, autocast: torch.dtype | None = None) -> PromptedDenoiser:
+def add_adapters(
+    family: Family, options: AdapterOptions, token: str, autocast: torch.dtype | None = None
+) -> PromptedDenoiser:
     """Freeze the pipeline's models and put LoRA layers into them, float32 whatever the frozen weights are."""
-    names, rank = trained_text(family, options)
+    names, rank = trained_text(family, options, token)
     denoiser = family.denoiser
     for module in (denoiser, *family.text_encoders().values()):
         module.requires_grad_(False)
@@ -99,17 +101,17 @@ def add_adapters(family: Family, options: LoraOptions, autocast: torch.dtype | N
         raise InputError(f"--target-modules {layers}: {str(error).splitlines()[0]}") from error
     cast_training_params(denoiser, torch.float32)
     for name in names:
-        add_text_adapter(getattr(family.pipe, name), family.tokenizer(name), rank, options)
+        add_text_adapter(getattr(family.pipe, name), family.tokenizer(name), rank, options, token)
     return PromptedDenoiser(family, names, autocast)
 
 
-def add_text_adapter(text_encoder: Any, tokenizer: Any, rank: int, options: LoraOptions) -> None:
+def add_text_adapter(text_encoder: Any, tokenizer: Any, rank: int, options: AdapterOptions, token: str) -> None:
     """Put LoRA layers into one CLIP text encoder, the token's row included when it is to be trained."""
     layers = TEXT_LAYERS + ((TOKEN_LAYER,) if options.train_token else ())
     text_encoder.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers)))
     cast_training_params(text_encoder, torch.float32)
     if options.train_token:
-        free_token_row(text_encoder, tokenizer, options.token, options.token_init)
+        free_token_row(text_encoder, tokenizer, token, options.token_init)
 
 
 def token_id(tokenizer: Any, word: str, flag: str) -> int:
@@ -139,7 +141,7 @@ def free_token_row(text_encoder: Any, tokenizer: Any, token: str, init: Sequence
 
 
 # --- optimizer -------------------------------------------------------------------------------------------------------
-def parameter_groups(model: PromptedDenoiser, options: LoraOptions) -> list[dict[str, Any]]:
+def parameter_groups(model: PromptedDenoiser, options: OptimizerOptions) -> list[dict[str, Any]]:
     """Sort trained parameters by learning rate: denoiser, text layers, token rows."""
     text = {name: p for name, p in model.text.named_parameters() if p.requires_grad}
     family = model.family
@@ -156,7 +158,7 @@ def parameter_groups(model: PromptedDenoiser, options: LoraOptions) -> list[dict
     return [{"params": parameters[name], "lr": rate} for name, rate in rates.items() if parameters[name]]
 
 
-def make_optimizer(groups: Sequence[dict[str, Any]], options: LoraOptions) -> torch.optim.Optimizer:
+def make_optimizer(groups: Sequence[dict[str, Any]], options: OptimizerOptions) -> torch.optim.Optimizer:
     """Build the optimizer; InputError when its package is not installed."""
     if options.optimizer == "adamw8bit":
         try:
@@ -176,19 +178,20 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: LoraOptions) -> to
     return torch.optim.AdamW(groups, weight_decay=options.weight_decay)
 
 
-def learning_rate_factor(step: int, options: LoraOptions, decay: Callable[[int], float]) -> float:
+def learning_rate_factor(step: int, warmup: int, decay: Callable[[int], float]) -> float:
     """What the learning rates are multiplied by at a step, counted from 0: linear warm-up, then `decay`.
 
     diffusers' own warm-up begins at 0, where a step teaches nothing.
     """
-    if step < options.warmup:
-        return (step + 1) / options.warmup
-    return decay(step - options.warmup)
+    if step < warmup:
+        return (step + 1) / warmup
+    return decay(step - warmup)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, options: LoraOptions) -> LambdaLR:
+def make_schedule(optimizer: torch.optim.Optimizer, options: OptimizerOptions, steps: int) -> LambdaLR:
     """Build the schedule of the learning rates: warm-up, then as diffusers' schedule of that name."""
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # some schedules ask their optimizer for its rate
-    left = max(1, options.steps - options.warmup)
+    warmup = options.warmup(steps)
+    left = max(1, steps - warmup)
     decay = get_scheduler(options.lr_scheduler, stand_in, num_warmup_steps=0, num_training_steps=left).lr_lambdas[0]
-    return LambdaLR(optimizer, partial(learning_rate_factor, options=options, decay=decay))
+    return LambdaLR(optimizer, partial(learning_rate_factor, warmup=warmup, decay=decay))

@@ -47,9 +47,10 @@ def load_base_model(options: LoraOptions, dtype: torch.dtype) -> Family:
     loaded = family(pipe)
     for name, rate in recommended_rates(Path(source)).items():
         setattr(loaded, name, rate)
-    if options.distilled_guidance is not None:
-        require(loaded.takes_guidance, "distilled_guidance", options.distilled_guidance, "left out for this base model")
-        loaded.distilled_guidance = options.distilled_guidance
+    guidance = options.noise.distilled_guidance
+    if guidance is not None:
+        require(loaded.takes_guidance, "distilled_guidance", guidance, "left out for this base model")
+        loaded.distilled_guidance = guidance
     return loaded
 
 

@@ -71,14 +71,14 @@ def save_checkpoint(
         state = {"options": flat(options), "run": run}
         (partial / "run.json").write_text(json.dumps(state, default=str), encoding="utf-8")
         partial.rename(folder)
-        for older in checkpoints(options.output)[: -options.checkpoints_total_limit]:
+        for older in checkpoints(options.output)[: -options.checkpoints.checkpoints_total_limit]:
             shutil.rmtree(older)
 
 
 def find_checkpoint(options: LoraOptions, run: Mapping[str, Any]) -> Path | None:
     """Return the checkpoint to resume from, None for a fresh start; InputError when `--resume` and OUTPUT disagree."""
     found = checkpoints(options.output)
-    if not options.resume:
+    if not options.checkpoints.resume:
         if found:
             raise InputError(f"--output {options.output} holds a checkpoint; pass --resume or choose another folder")
         return None

@@ -13,9 +13,9 @@ uninterrupted one. What differs between model families is in `families`; what FS
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -50,8 +50,8 @@ from nearid_personalize.training.lora.checkpoints import (
     save_only_adapters,
 )
 from nearid_personalize.training.lora.families import Family, Table
-from nearid_personalize.training.lora.noising import noising_of
-from nearid_personalize.training.lora.options import LoraOptions
+from nearid_personalize.training.lora.noising import Noising, noising_of
+from nearid_personalize.training.lora.options import ComputeOptions, LoraOptions
 from nearid_personalize.training.lora.pictures import (
     Batch,
     Picture,
@@ -135,10 +135,10 @@ def load_family(options: LoraOptions, half: torch.dtype | None = None, device: s
 
     half: type of the frozen weights where `base_precision` asks for half precision.
     """
-    return load_base_model(options, frozen_precision(options, half, device))
+    return load_base_model(options, frozen_precision(options.compute, half, device))
 
 
-def frozen_precision(options: LoraOptions, half: torch.dtype | None, device: str) -> torch.dtype:
+def frozen_precision(options: ComputeOptions, half: torch.dtype | None, device: str) -> torch.dtype:
     """The type of the frozen weights. half: of the arithmetic."""
     halves = options.base_precision == "same" or (options.base_precision == "auto" and device != "cpu")
     return half if half and halves else torch.float32
@@ -170,16 +170,16 @@ def prepare_data(
     The table has token ids too when text encoders are trained.
     """
     device = accelerator.device
-    if options.prior_pictures:
-        sizes = training_sizes(options, family, references)
+    if options.data.prior_pictures:
+        sizes = training_sizes(options.data, family, references)
         with offload_models(family.denoiser, device=device), family.ready_to_draw(device), torch.random.fork_rng():
             draw_class_pictures(family, options, sizes, accelerator.process_index, accelerator.num_processes)
         accelerator.wait_for_everyone()
     with offload_models(family.pipe.vae, device=device):
-        data = encode_all(family, options, references, read_class_pictures(options))
+        data = encode_all(family, options.data, references, read_class_pictures(options), options.reward.texts)
     with offload_models(*family.text_encoders().values(), device=device), torch.no_grad():
         table = family.encode_prompts(data.prompts, device)
-    if trained_text(family, options)[0]:
+    if trained_text(family, options.adapter, options.data.token)[0]:
         table |= family.tokenize(data.prompts)
     return data, {name: tensor.cpu() for name, tensor in table.items()}
 
@@ -190,56 +190,113 @@ def adapt(family: Family, options: LoraOptions, device: torch.device, autocast: 
         family.pipe.unet.set_attn_processor(AttnProcessor())  # SDPA's backward pass is never faster there
     if family.denoiser_name == "unet" and autocast in HALF.values():
         family.pipe.unet.to(memory_format=torch.channels_last)  # half-precision convolutions want channels last
-    return add_adapters(family, options, autocast)
+    return add_adapters(family, options.adapter, options.data.token, autocast)
 
 
+def prepare_training(
+    adapted: PromptedDenoiser,
+    options: LoraOptions,
+    accelerator: Accelerator,
+    sharding: FullyShardedDataParallelPlugin | None,
+) -> tuple[nn.Module, Any, Any]:
+    """The model as accelerate runs it, its optimizer and its schedule."""
+    optimizer = make_optimizer(parameter_groups(adapted, options.optimization), options.optimization)
+    schedule = make_schedule(optimizer, options.optimization, options.steps)
+    save_only_adapters(accelerator, adapted)
+    if sharding:
+        shard_frozen(adapted.denoiser, accelerator.device, sharding)
+        adapted.text.to(accelerator.device)
+    # The loop itself averages the gradients: memory may run out in one process, and then all begin the step anew
+    model = accelerator.prepare_model(adapted, None if not sharding else False, evaluation_mode=True)
+    return model, *accelerator.prepare(optimizer, schedule)
+
+
+@dataclass
 class LoraRun:
-    """All that lasts from one step to the next. `adapted` is the model itself, `model` what accelerate made of it."""
+    """All that lasts from one step to the next; made by `open`."""
 
-    def __init__(
-        self,
+    options: LoraOptions
+    accelerator: Accelerator
+    family: Family
+    noising: Noising
+    data: TrainingSet
+    table: Table
+    """What the denoiser is told of each prompt, a row for each."""
+    reward: IdentityTerm | None
+    stock_processors: Mapping[str, Any]
+    """The UNet's attention processors as they were loaded."""
+    adapted: PromptedDenoiser
+    """The model itself, with its LoRA."""
+    model: nn.Module
+    """What accelerate made of `adapted`."""
+    trained: list[nn.Parameter]
+    optimizer: Any
+    schedule: Any
+    scaler: torch.amp.GradScaler
+    """Of our own float16 autocast; switched off under any other precision, and where accelerate scales."""
+    ema: EMAModel | None
+    micro_batch: int
+    """Pictures on the device at once; halved where memory runs out."""
+    sharding: FullyShardedDataParallelPlugin | None = None
+
+    @classmethod
+    def open(
+        cls,
         options: LoraOptions,
         accelerator: Accelerator,
         references: list[Picture],
         enrolled: Enrolled | None = None,
         sharding: FullyShardedDataParallelPlugin | None = None,
-    ) -> None:
+    ) -> "LoraRun":
+        """Load the base model, encode pictures and prompts, add the LoRA, and prepare it for training."""
         if accelerator.num_processes == 1:
             sharding = None
-        device, autocast = accelerator.device, choose_autocast(options.precision, accelerator)
+        device, autocast = accelerator.device, choose_autocast(options.compute.precision, accelerator)
         half = autocast or HALF.get(accelerator.mixed_precision)
         family = load_family(options, half, device.type)
-        trained_text(family, options)  # may refuse: better now than after the pictures
-        self.options, self.accelerator, self.family, self.sharding = options, accelerator, family, sharding
-        self.noising = noising_of(family.pipe.scheduler, options)
-        self.data, self.table = prepare_data(family, options, references, accelerator)
-        self.reward = IdentityTerm(options, family, self.data, *enrolled) if enrolled else None
-        self.stock_processors = getattr(family.denoiser, "attn_processors", {})
-        self.adapted = adapt(family, options, device, autocast)
-        self.micro_batch = micro_batch_size(options, family, largest_picture(self.data))
-        if checkpoints_gradients(options, family, device.type):
+        trained_text(family, options.adapter, options.data.token)  # may refuse: better now than after the pictures
+        data, table = prepare_data(family, options, references, accelerator)
+        reward = IdentityTerm.open(options, family, data, *enrolled) if enrolled else None
+        stock_processors = getattr(family.denoiser, "attn_processors", {})
+        adapted = adapt(family, options, device, autocast)
+        if checkpoints_gradients(options.compute, family, device.type):
             family.denoiser.enable_gradient_checkpointing()
-        self.trained = [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]
-        optimizer = make_optimizer(parameter_groups(self.adapted, options), options)
-        schedule = make_schedule(optimizer, options)
-        save_only_adapters(accelerator, self.adapted)
-        if sharding:
-            shard_frozen(family.denoiser, device, sharding)
-            self.adapted.text.to(device)
-        # The loop itself averages the gradients: memory may run out in one process, and then all begin the step anew
-        self.model = accelerator.prepare_model(self.adapted, None if not sharding else False, evaluation_mode=True)
-        self.optimizer, self.schedule = accelerator.prepare(optimizer, schedule)
-        same_everywhere(self.trained)
-        self.adapted.drop(True)
+        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        model, optimizer, schedule = prepare_training(adapted, options, accelerator, sharding)
+        same_everywhere(trained)
+        adapted.drop(True)
         ours = autocast == torch.float16 and accelerator.scaler is None  # accelerate scales under its own float16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=ours)
-        self.ema = EMAModel(self.trained, decay=options.ema_decay) if options.ema_decay else None
+        decay = options.optimization.ema_decay
+        run = cls(
+            options=options,
+            accelerator=accelerator,
+            family=family,
+            noising=noising_of(family.pipe.scheduler, options.noise),
+            data=data,
+            table=table,
+            reward=reward,
+            stock_processors=stock_processors,
+            adapted=adapted,
+            model=model,
+            trained=trained,
+            optimizer=optimizer,
+            schedule=schedule,
+            scaler=torch.amp.GradScaler(device.type, enabled=ours),
+            ema=EMAModel(trained, decay=decay) if decay else None,
+            micro_batch=micro_batch_size(options, family, largest_picture(data)),
+            sharding=sharding,
+        )
+        run.register_for_checkpointing()
+        return run
+
+    def register_for_checkpointing(self) -> None:
+        """Let accelerate keep and restore what is neither model nor optimizer. The order is that of its files."""
         if self.scaler.is_enabled():
-            accelerator.register_for_checkpointing(self.scaler)
+            self.accelerator.register_for_checkpointing(self.scaler)
         if self.ema:
-            accelerator.register_for_checkpointing(self.ema)
+            self.accelerator.register_for_checkpointing(self.ema)
         if self.reward:
-            accelerator.register_for_checkpointing(self.reward.guard)
+            self.accelerator.register_for_checkpointing(self.reward.guard)
 
     def predict(self, batch: Batch) -> Tensor:
         """The model's answer [B,C,h,w] to a batch."""
@@ -259,7 +316,7 @@ class LoraRun:
         if accelerator.num_processes > 1:
             average_gradients(self.trained, accelerator)
         self.scaler.unscale_(self.optimizer)
-        accelerator.clip_grad_norm_(self.trained, self.options.max_gradient_norm)
+        accelerator.clip_grad_norm_(self.trained, self.options.optimization.max_gradient_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
@@ -291,7 +348,7 @@ class LoraRun:
 
     def add_gradients(self, step: int) -> float:
         """Add up the gradients of a step's batches, a micro-batch at a time; the last batch's loss."""
-        accelerator, passes = self.accelerator, self.options.gradient_accumulation_steps
+        accelerator, passes = self.accelerator, self.options.optimization.gradient_accumulation_steps
         if self.reward and self.reward.due(step):
             self.add_reward(self.reward, step)
         for index in range((step - 1) * passes, step * passes):
@@ -313,7 +370,7 @@ class LoraRun:
             if self.reward is None:
                 return plain
             rewarded = self.seconds_of(options.first_reward_step, clock)
-        share = (1 - options.reward_warmup) / options.reward_every
+        share = (1 - options.reward.reward_warmup) / options.reward.reward_every
         return plain + share * (rewarded - plain)
 
     def seconds_of(self, step: int, clock: Callable[[], float]) -> float:
@@ -341,7 +398,7 @@ class LoraRun:
         denoiser = self.family.denoiser
         if self.micro_batch > 1:
             self.micro_batch = math.ceil(self.micro_batch / 2)
-        elif self.options.gradient_checkpointing == "auto" and not denoiser.is_gradient_checkpointing:
+        elif self.options.compute.gradient_checkpointing == "auto" and not denoiser.is_gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         else:
             raise InputError(
@@ -388,8 +445,8 @@ class LoraRun:
 
         Inside `ready_to_draw`; called by the main process alone.
         """
-        options = replace(self.options, prior_pictures=0, class_prompts=(), batch_size=len(pictures))
-        options = replace(options, caption_dropout=0.0, noise_offset=0.0)
+        plain = {"prior_pictures": 0, "class_prompts": (), "caption_dropout": 0.0, "noise_offset": 0.0}
+        options = self.options.but(**plain, batch_size=len(pictures))
         data, table = prepare_data(self.family, options, pictures, self.accelerator)
         passes = math.ceil(LOSS_DRAWS / len(pictures))
         batches = [make_batch(data, self.noising, options, turn) for turn in range(passes)]
@@ -402,16 +459,17 @@ class LoraRun:
         options = self.options
         told = {
             "base_model": options.base_model,
-            "prompt": options.prompt,
-            "token": options.token,
-            "rank": options.rank,
-            "alpha": options.alpha or options.rank,
+            "prompt": options.data.prompt,
+            "token": options.data.token,
+            "rank": options.adapter.rank,
+            "alpha": options.adapter.alpha or options.adapter.rank,
             "steps": step,
             "references": self.data.fingerprint,
         }
         if self.reward:
             ended = self.reward.guard.stopped_at
-            told["reward"] = {"model": options.reward_model, "weight": options.reward_weight, "ended_after": ended}
+            model, weight = options.reward.reward_model, options.reward.reward_weight
+            told["reward"] = {"model": model, "weight": weight, "ended_after": ended}
         with self.as_saved():
             save_lora(self.adapted, folder, {**told, **metadata})
 
@@ -423,12 +481,12 @@ def largest_picture(data: TrainingSet) -> int:
 
 def micro_batch_size(options: LoraOptions, family: Family, pixels: int) -> int:
     """How many pictures of so many pixels go through at once; with "auto", as many as the family allows."""
-    if options.micro_batch_size != "auto":
-        return min(options.micro_batch_size, options.batch_size)
-    return min(max(1, family.pixels_at_once // pixels), options.batch_size)
+    if options.compute.micro_batch_size != "auto":
+        return min(options.compute.micro_batch_size, options.data.batch_size)
+    return min(max(1, family.pixels_at_once // pixels), options.data.batch_size)
 
 
-def checkpoints_gradients(options: LoraOptions, family: Family, device: str) -> bool:
+def checkpoints_gradients(options: ComputeOptions, family: Family, device: str) -> bool:
     """Whether gradients are checkpointed from the first step on."""
     if options.gradient_checkpointing == "auto":
         return family.checkpointed and device != "cpu"
@@ -498,17 +556,17 @@ def train_lora(options: LoraOptions, validate: Validate | None = None, on_step: 
     """
     with requested_sharding() as sharding, ExitStack() as undo:
         accelerator = Accelerator(step_scheduler_with_optimizer=False, **tracker_arguments(options))
-        check_attention(options.attention, accelerator.device)
-        references = read_references(options)
+        check_attention(options.compute.attention, accelerator.device)
+        references = read_references(options.data)
         same = {"references": fingerprint(references), "number of processes": accelerator.num_processes}
         checkpoint = find_checkpoint(options, same)
         check_writable(options.output, "--output")
         set_seed(options.seed)
         enrolled = enroll_reward(options, references, accelerator.device, validate)
-        run = LoraRun(options, accelerator, references, enrolled, sharding)
-        undo.enter_context(using_attention(run.family.denoiser, options.attention, accelerator.device))
+        run = LoraRun.open(options, accelerator, references, enrolled, sharding)
+        undo.enter_context(using_attention(run.family.denoiser, options.compute.attention, accelerator.device))
         start_trackers(accelerator, options)
-        step = 0
+        step, every = 0, options.checkpoints.checkpoint_every
         if checkpoint is not None:
             accelerator.load_state(str(checkpoint))
             step = checkpoint_step(checkpoint)
@@ -527,7 +585,7 @@ def train_lora(options: LoraOptions, validate: Validate | None = None, on_step: 
             # Before the checkpoint, which keeps what the validation made of the reward
             if validate and step in looked_at and not goes_on(run, validate, step, loss):
                 break
-            if options.checkpoint_every and step % options.checkpoint_every == 0 and step < options.steps:
+            if every and step % every == 0 and step < options.steps:
                 save_checkpoint(accelerator, options, step, same, partial(run.write_lora, step=step))
 
         progress.close()
@@ -535,7 +593,7 @@ def train_lora(options: LoraOptions, validate: Validate | None = None, on_step: 
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             run.write_lora(options.output, step)
-            if not options.keep_checkpoints:
+            if not options.checkpoints.keep_checkpoints:
                 shutil.rmtree(options.output / "checkpoint", ignore_errors=True)
         accelerator.wait_for_everyone()
         accelerator.free_memory()

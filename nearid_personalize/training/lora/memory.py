@@ -12,7 +12,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -226,25 +226,26 @@ def needs_of(family: Family, options: LoraOptions, device: str, autocast: torch.
     the optimizer's state. reward: the same of a rewarded picture. drawing: one picture with guidance, as class pictures
     and validations are drawn; larger batches are made smaller where memory runs out.
     """
-    side = options.resolution or family.picture_size
+    side = options.data.resolution or family.picture_size
     micro_batch = micro_batch_size(options, family, side * side)
     texts = sum(bytes_of(encoder) for encoder in family.text_encoders().values())
-    adapted = adapt(family, replace(options, text_rank=0, token_init=()), torch.device(device), autocast)
-    if checkpointed := checkpoints_gradients(options, family, device):
+    adapted = adapt(family, options.but(text_rank=0, token_init=()), torch.device(device), autocast)
+    if checkpointed := checkpoints_gradients(options.compute, family, device):
         family.denoiser.enable_gradient_checkpointing()
     trained = sum(parameter.numel() for parameter in adapted.denoiser.parameters() if parameter.requires_grad)
-    held = bytes_of(family.denoiser) + trained * (STATES[options.optimizer] + 4 * bool(options.ema_decay))
+    state = STATES[options.optimization.optimizer] + 4 * bool(options.optimization.ema_decay)
+    held = bytes_of(family.denoiser) + trained * state
     vae, dtype = family.pipe.vae, family.denoiser.dtype
     with FakeTensorMode(allow_non_fake_inputs=True):
         emptied(family.denoiser, "cpu")
         emptied(vae, "cpu", torch.float32)
         step = step_bytes(family, micro_batch, side, autocast, device)
         phases = {"texts": texts, "pictures": bytes_of(vae) + encode_bytes(family, side), "steps": held + step}
-        if options.reward_weight:
-            copies = 2 if options.reward_guidance_scale > 1 else 1
+        if options.reward.reward_weight:
+            copies = 2 if options.reward.reward_guidance_scale > 1 else 1
             rewarded = step_bytes(family, copies, side, autocast, device) + decode_bytes(family, side, True)
             phases["reward"] = held + bytes_of(vae) + rewarded
-        if options.prior_pictures or options.validate_every:
+        if options.data.prior_pictures or options.validate_every:
             parts = held + texts + bytes_of(vae)  # its float32 weights are kept
             parts += bytes_of(emptied(vae, "cpu", dtype))
             phases["drawing"] = parts + max(draw_bytes(family, side), decode_bytes(family, side, False))
@@ -261,8 +262,10 @@ def needs_of(family: Family, options: LoraOptions, device: str, autocast: torch.
 def disk_bytes(options: LoraOptions, trained: int) -> int:
     """The output folder's LoRA files, and its checkpoints with the optimizer's state."""
     kept = 3 if options.validate_every else 1  # the last, the best, the one put in place
-    checkpoint = trained * (4 + 4 + STATES[options.optimizer])  # adapters, LoRA file, optimizer
-    return 4 * trained * kept + checkpoint * (options.checkpoints_total_limit + 1) * bool(options.checkpoint_every)
+    checkpoint = trained * (4 + 4 + STATES[options.optimization.optimizer])  # adapters, LoRA file, optimizer
+    if not options.checkpoints.checkpoint_every:
+        return 4 * trained * kept
+    return 4 * trained * kept + checkpoint * (options.checkpoints.checkpoints_total_limit + 1)
 
 
 # --- phases, inside a FakeTensorMode ---------------------------------------------------------------------------------
@@ -340,8 +343,8 @@ def dry_run(options: LoraOptions) -> list[str]:
     """What a run needs of this machine's device and disk, line by line, with a warning where the device has less."""
     accelerator = Accelerator()
     device = accelerator.device
-    half = choose_autocast(options.precision, accelerator) or HALF.get(accelerator.mixed_precision)
-    family = outline(options, frozen_precision(options, half, device.type))
+    half = choose_autocast(options.compute.precision, accelerator) or HALF.get(accelerator.mixed_precision)
+    family = outline(options, frozen_precision(options.compute, half, device.type))
     needs = needs_of(family, options, device.type, half)
     warning = needs.warning(capacity_of(device), str(device))
     return [*needs.lines(), *([warning] if warning else [])]

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
-from diffusers.training_utils import compute_snr
+from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
 from torch import Tensor
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.training.lora.options import FlowWeighting, LoraOptions
+from nearid_personalize.training.lora.options import FlowWeighting, NoiseOptions
 
 MODE_SCALE = 1.29  # of the "mode" density, as in Stable Diffusion 3
 
@@ -44,15 +44,6 @@ def flow_levels(level: Tensor, weighting: FlowWeighting, mean: float = 0.0, std:
     return level
 
 
-def flow_weights(t: Tensor, weighting: FlowWeighting) -> Tensor:
-    """Weights [B] of the errors at noise levels t (arXiv:2403.03206, 3.1)."""
-    if weighting == "sigma-sqrt":
-        return t**-2
-    if weighting == "cosmap":
-        return 2 / (math.pi * (1 - 2 * t + 2 * t**2))
-    return torch.ones_like(t)
-
-
 def flow_noising(
     latents: Tensor,
     noise: Tensor,
@@ -66,7 +57,12 @@ def flow_noising(
     t = flow_levels(level, weighting, mean, std)  # [B]
     t = shift * t / (1 + (shift - 1) * t)
     column = t.view(-1, 1, 1, 1)
-    return Noised((1 - column) * latents + column * noise, noise - latents, 1000 * t, flow_weights(t, weighting))
+    return Noised(
+        noisy=(1 - column) * latents + column * noise,
+        target=noise - latents,
+        timesteps=1000 * t,
+        weights=compute_loss_weighting_for_sd3(weighting.replace("-", "_"), t),
+    )
 
 
 def diffusion_noising(scheduler: DDPMScheduler, min_snr_gamma: float | None = None) -> Noising:
@@ -103,7 +99,7 @@ def flow_shift(scheduler: Any) -> float:
     return config.get("shift", config.get("flow_shift", 1.0))
 
 
-def noising_of(scheduler: Any, options: LoraOptions) -> Noising:
+def noising_of(scheduler: Any, options: NoiseOptions) -> Noising:
     """Choose the noising the base model was trained with; InputError when its prediction type is unknown."""
     kind = prediction_of(scheduler)
     if kind == "flow_prediction":

@@ -24,7 +24,7 @@ from nearid_personalize.files import write_atomically
 from nearid_personalize.images import MASK_SUFFIX, list_images, load_image, save_image, to_tensor
 from nearid_personalize.training.lora.families import Family
 from nearid_personalize.training.lora.noising import Noised, Noising, stratified_levels
-from nearid_personalize.training.lora.options import LoraOptions, require
+from nearid_personalize.training.lora.options import DataOptions, LoraOptions, require
 
 CAPTION_KEYS = ("text", "caption", "prompt")
 
@@ -84,7 +84,7 @@ def read_mask(path: Path, size: tuple[int, int], masks: Path | None) -> Image.Im
     return mask.resize(size, Image.Resampling.BILINEAR)
 
 
-def read_references(options: LoraOptions) -> list[Picture]:
+def read_references(options: DataOptions) -> list[Picture]:
     """Read the subject's pictures with their captions and, where the background counts less, their masks."""
     captions = read_captions(options.references)
     pictures = []
@@ -109,7 +109,7 @@ def fingerprint(pictures: Sequence[Picture]) -> str:
 # --- class pictures --------------------------------------------------------------------------------------------------
 def class_folder(options: LoraOptions) -> Path:
     """Where the pictures of the class lie: also what an accept threshold can be set against."""
-    return options.class_pictures or options.output / "class_pictures"
+    return options.data.class_pictures or options.output / "class_pictures"
 
 
 def class_files(options: LoraOptions) -> list[Path]:
@@ -117,8 +117,8 @@ def class_files(options: LoraOptions) -> list[Path]:
     folder = class_folder(options)
     there = list_images(folder) if folder.exists() and any(folder.iterdir()) else []
     own = [path for path in there if not path.name.startswith("class-")]
-    drawn = [folder / f"class-{index:04d}.png" for index in range(options.prior_pictures - len(own))]
-    return (own + drawn)[: options.prior_pictures]
+    drawn = [folder / f"class-{index:04d}.png" for index in range(options.data.prior_pictures - len(own))]
+    return (own + drawn)[: options.data.prior_pictures]
 
 
 def draw_class_pictures(
@@ -131,7 +131,7 @@ def draw_class_pictures(
     share = list(enumerate(class_files(options)))[process::processes]
     missing = [(index, file) for index, file in share if not file.exists()]
     for index, file in tqdm(missing, desc="class pictures", disable=not missing):
-        prompt = options.class_prompts[index % len(options.class_prompts)]
+        prompt = options.data.class_prompts[index % len(options.data.class_prompts)]
         width, height = sizes[index % len(sizes)]
         output = family.pipe(
             prompt,
@@ -139,7 +139,7 @@ def draw_class_pictures(
             width=width,
             num_inference_steps=PRIOR_STEPS,
             generator=torch.Generator("cpu").manual_seed(options.seed + index),
-            **family.guidance(options.prior_guidance_scale),
+            **family.guidance(options.data.prior_guidance_scale),
         )
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file.with_suffix(".txt"), prompt)
@@ -148,10 +148,10 @@ def draw_class_pictures(
 
 def read_class_pictures(options: LoraOptions) -> list[Picture]:
     """Read the class pictures; those without a caption show the class prompts in turn."""
-    if not options.prior_pictures:
+    if not options.data.prior_pictures:
         return []
     captions = read_captions(class_folder(options))
-    prompts = options.class_prompts
+    prompts = options.data.class_prompts
     return [
         Picture(load_image(file), captions.get(file.name, prompts[index % len(prompts)]))
         for index, file in enumerate(class_files(options))
@@ -219,7 +219,7 @@ def encode_picture(family: Family, picture: Picture, size: tuple[int, int], back
     return Sample(latents.float(), importance, frame_of(picture.image.size, size), prompt)
 
 
-def training_sizes(options: LoraOptions, family: Family, pictures: Sequence[Picture]) -> list[tuple[int, int]]:
+def training_sizes(options: DataOptions, family: Family, pictures: Sequence[Picture]) -> list[tuple[int, int]]:
     """(width, height) in pixels to train each picture at: the square, or with `aspect_buckets` the nearest bucket."""
     side = options.resolution or family.picture_size
     require(side % family.divisor == 0, "resolution", side, f"a multiple of {family.divisor}")
@@ -234,9 +234,16 @@ def nearest_size(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tup
 
 
 def encode_all(
-    family: Family, options: LoraOptions, references: Sequence[Picture], priors: Sequence[Picture]
+    family: Family,
+    options: DataOptions,
+    references: Sequence[Picture],
+    priors: Sequence[Picture],
+    more_texts: Sequence[str] = (),
 ) -> TrainingSet:
-    """Encode every picture once. Prior pictures are cut to a size that the references have."""
+    """Encode every picture once. Prior pictures are cut to a size that the references have.
+
+    more_texts: prompts of no picture, which `TrainingSet.prompts` is to hold too.
+    """
     print_of_references = fingerprint(references)
     if options.horizontal_flips:
         references = [*references, *(picture.mirrored() for picture in references)]
@@ -244,7 +251,7 @@ def encode_all(
     sizes += [nearest_size(picture.image.size, sizes) for picture in priors]
     pictures = [*references, *priors]
     texts = [picture.prompt for picture in pictures] + ([NO_CAPTION] if options.caption_dropout else [])
-    prompts = tuple(dict.fromkeys([*texts, *options.texts_of_reward]))
+    prompts = tuple(dict.fromkeys([*texts, *more_texts]))
     samples = [
         encode_picture(family, picture, size, options.background_weight, prompts.index(picture.prompt))
         for picture, size in zip(pictures, sizes)
@@ -335,24 +342,24 @@ def batch_indices(data: TrainingSet, batch_size: int, turn: int, seed: int) -> t
 def make_batch(data: TrainingSet, noising: Noising, options: LoraOptions, turn: int) -> Batch:
     """Draw batch number `turn`: pictures, latents from their distributions, noise and noise levels."""
     rng = np.random.default_rng([options.seed, turn])
-    chosen, references = batch_indices(data, options.batch_size, turn, options.seed)
+    chosen, references = batch_indices(data, options.data.batch_size, turn, options.seed)
     samples = [data.samples[index] for index in chosen]
     mean, std = torch.stack([sample.latents for sample in samples], dim=1)  # [B,C,h,w] each
     noise = torch.from_numpy(rng.standard_normal(mean.shape, dtype=np.float32))
     levels = torch.cat([stratified_levels(rng, references), stratified_levels(rng, len(chosen) - references)])
     latents = mean + std * torch.from_numpy(rng.standard_normal(mean.shape, dtype=np.float32))
-    if options.noise_offset:
+    if options.noise.noise_offset:
         shape = (*mean.shape[:2], 1, 1)  # one draw for a whole channel
-        noise = noise + options.noise_offset * torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+        noise = noise + options.noise.noise_offset * torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
     numbers = torch.tensor([sample.prompt for sample in samples])
-    if options.caption_dropout:
-        dropped = torch.from_numpy(rng.random(len(samples)) < options.caption_dropout)
+    if options.data.caption_dropout:
+        dropped = torch.from_numpy(rng.random(len(samples)) < options.data.caption_dropout)
         numbers[dropped] = data.prompts.index(NO_CAPTION)
     prompts, prompt_index = numbers.unique(return_inverse=True)
     return Batch(
         noised=noising(latents, noise, levels),
         importance=torch.stack([sample.importance for sample in samples]),
-        share=shares(references, len(chosen) - references, options.prior_weight),
+        share=shares(references, len(chosen) - references, options.data.prior_weight),
         frame=torch.stack([sample.frame for sample in samples]),
         prompts=prompts,
         prompt_index=prompt_index,

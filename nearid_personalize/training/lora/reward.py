@@ -9,6 +9,7 @@ Letters: B pictures, C h w latent channels and size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ from nearid_personalize.rewards import identity_reward, require_other_head
 from nearid_personalize.scorer.scorer import IdentityScorer
 from nearid_personalize.scorer.subject import Subject
 from nearid_personalize.training.lora.families import Family
-from nearid_personalize.training.lora.noising import Noised, sample, trajectory_of
-from nearid_personalize.training.lora.options import LoraOptions
+from nearid_personalize.training.lora.noising import Noised, Trajectory, sample, trajectory_of
+from nearid_personalize.training.lora.options import LoraOptions, RewardOptions
 from nearid_personalize.training.lora.pictures import Batch, Picture, TrainingSet, parts, shuffled_indices
 
 TESTED_FAMILIES = frozenset({"StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "QwenImage", "ZImage"})
@@ -41,9 +42,9 @@ def enroll_reward(
     validate: what validates the run. Raises InputError when its `scorer` has the same head, or when it would look at
     the run for the first time after the reward began, with nothing to compare with.
     """
-    if not options.reward_weight:
+    if not options.reward.reward_weight:
         return None
-    scorer = load_reward_model(options.reward_model, device)
+    scorer = load_reward_model(options.reward.reward_model, device)
     other = getattr(validate, "scorer", None)
     if isinstance(other, IdentityScorer):
         require_other_head(scorer, other)
@@ -63,27 +64,51 @@ def load_reward_model(name: str, device: torch.device | str = "cpu") -> Identity
     return IdentityScorer.from_pretrained(packaged(name, "nearid-reward"), device, trunk=trunk)
 
 
+@dataclass
 class IdentityTerm:
-    """The reward's part of the loss, and when it counts."""
+    """The reward's part of the loss, and when it counts; made by `open`."""
 
-    def __init__(
-        self, options: LoraOptions, family: Family, data: TrainingSet, scorer: IdentityScorer, subject: Subject
-    ) -> None:
+    options: RewardOptions
+    seed: int
+    first_step: int
+    """The first rewarded optimizer step, counted from 1."""
+    family: Family
+    data: TrainingSet
+    scorer: IdentityScorer
+    subject: Subject
+    path: Trajectory
+    prompts: list[int]
+    """Those of the rewarded pictures, used in turn, by their numbers in `data.prompts`."""
+    guard: "RewardGuard"
+
+    @classmethod
+    def open(
+        cls, options: LoraOptions, family: Family, data: TrainingSet, scorer: IdentityScorer, subject: Subject
+    ) -> "IdentityTerm":
+        """Move the VAE to the scorer's device; InputError for a family that is not tested with a reward."""
         if type(family).__name__ not in TESTED_FAMILIES:
             raise InputError(f"--reward-weight: {type(family.pipe).__name__} is not tested with a reward; give 0")
-        self.options, self.family, self.data = options, family, data
-        self.scorer, self.subject = scorer, subject
-        self.path = trajectory_of(family.pipe.scheduler, options.reward_sampling_steps)
-        own = {data.samples[index].prompt: None for index in range(data.num_references)}
-        self.prompts = [data.prompts.index(prompt) for prompt in options.reward_prompts] or list(own)
-        self.guard = RewardGuard(options.reward_max_drop, options.first_reward_step)
         vae = family.pipe.vae.to(scorer.model.device).requires_grad_(False)
         if vae._supports_gradient_checkpointing:  # block by block, inside what `decode` recomputes
             vae.enable_gradient_checkpointing()
+        reward, first_step = options.reward, options.first_reward_step
+        own = dict.fromkeys(sample.prompt for sample in data.samples[: data.num_references])
+        return cls(
+            options=reward,
+            seed=options.seed,
+            first_step=first_step,
+            family=family,
+            data=data,
+            scorer=scorer,
+            subject=subject,
+            path=trajectory_of(family.pipe.scheduler, reward.reward_sampling_steps),
+            prompts=[data.prompts.index(prompt) for prompt in reward.reward_prompts] or list(own),
+            guard=RewardGuard(reward.reward_max_drop, first_step),
+        )
 
     def due(self, step: int) -> bool:
         """Whether optimizer step number `step`, counted from 1, is rewarded."""
-        since = step - self.options.first_reward_step
+        since = step - self.first_step
         return since >= 0 and since % self.options.reward_every == 0 and self.guard.stopped_at is None
 
     def losses(
@@ -105,8 +130,8 @@ class IdentityTerm:
         """The part of the loss that the pictures of these numbers are."""
         options = self.options
         like = self.data.samples[step % self.data.num_references]
-        drawn = [noise_of(options.seed, number, like.latents.shape[1:]) for number in numbers]
-        chosen = shuffled_indices(numbers.start, len(numbers), len(self.prompts), options.seed)
+        drawn = [noise_of(self.seed, number, like.latents.shape[1:]) for number in numbers]
+        chosen = shuffled_indices(numbers.start, len(numbers), len(self.prompts), self.seed)
         asking = guided(
             predict, [self.prompts[i] for i in chosen], self.data, like.frame, options.reward_guidance_scale
         )

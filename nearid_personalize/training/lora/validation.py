@@ -127,9 +127,10 @@ class ValidationOptions:
 
     def prompts_for(self, options: LoraOptions) -> tuple[str, ...]:
         """The prompts to draw; InputError for one without the token."""
+        token = options.data.token
         for prompt in self.validation_prompts:
-            require(options.token in prompt.split(), "validation_prompts", prompt, f"with the word {options.token!r}")
-        return self.validation_prompts or default_prompts(options.subject_name, self.living)
+            require(token in prompt.split(), "validation_prompts", prompt, f"with the word {token!r}")
+        return self.validation_prompts or default_prompts(options.data.subject_name, self.living)
 
     def measured(self, prompts: Sequence[str]) -> dict[str, Any]:
         """What must stay the same for two validations to be comparable."""
@@ -183,8 +184,9 @@ class IdentityValidation:
             raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard")
         scorer = IdentityScorer.from_pretrained(validation.validation_model)
         named = validation.text_image_model
-        references = [picture.image for picture in read_references(options)]
-        journal = Journal.read(options.output / JOURNAL) if options.resume else Journal(options.output / JOURNAL)
+        references = [picture.image for picture in read_references(options.data)]
+        journal_file = options.output / JOURNAL
+        journal = Journal.read(journal_file) if options.checkpoints.resume else Journal(journal_file)
         check_comparable(journal.records, validation.measured(prompts))
         return cls(
             options=options,
@@ -230,7 +232,7 @@ class IdentityValidation:
 
     def begin(self) -> None:
         """Start the clock where it stood, open TensorBoard, forget a run that this one replaces."""
-        if not self.options.resume:
+        if not self.options.checkpoints.resume:
             forget(self.output)
         records = self.journal.records
         last = records[-1]["seconds"] if records else {"run": 0.0, "validations": 0.0}
@@ -243,7 +245,7 @@ class IdentityValidation:
         options, validation = self.options, self.validation
         every = asked_steps(options.validate_every, options.steps)
         # What a reward loses is measured against a validation before it
-        rewards = options.reward_weight > 0 and options.first_reward_step - 1 > done
+        rewards = options.reward.reward_weight > 0 and options.first_reward_step - 1 > done
         return Wanted(
             steps=tuple(step for step in every if step > done),
             prompts=self.prompts,
@@ -344,7 +346,7 @@ class IdentityValidation:
     def draw(self, snapshot: Snapshot, plan: ValidationPlan) -> list[list[Any]]:
         """The pictures of a plan, [prompts][seeds], as large as those that are trained on."""
         pipe, validation = snapshot.pipe, self.validation
-        side = self.options.resolution
+        side = self.options.data.resolution
         size = {} if side is None else {"height": side, "width": side}  # None: the base model's own
         scale = validation.validation_guidance_scale
         guidance = {} if scale is None else family_class(type(pipe).__name__, "")(pipe).guidance(scale)
@@ -362,7 +364,7 @@ class IdentityValidation:
         self, snapshot: Snapshot, images: Sequence[Sequence[Any]], plan: ValidationPlan
     ) -> tuple[SampleScores, float | None]:
         """What pictures are worth, and the adherence of the reference photos to their prompts."""
-        texts = [without_word(prompt, self.options.token) for prompt in plan.prompts]
+        texts = [without_word(prompt, self.options.data.token) for prompt in plan.prompts]
         models = [self.scorer.model, *([self.text_image.model] if self.text_image else [])]
         with offload_models(*models, device=find_denoiser(snapshot.pipe).device):
             scores = measure_samples(images, texts, self.scorer, self.subject, self.references, self.text_image)
@@ -475,5 +477,5 @@ def read_loss_pictures(options: LoraOptions, validation: ValidationOptions) -> l
     """The pictures of the validation loss; InputError when their folder cannot be read."""
     folder = validation.validation_photos
     if folder is None:
-        return read_references(options)
-    return read_references(replace(options, references=folder, masks=None, background_weight=1.0))
+        return read_references(options.data)
+    return read_references(replace(options.data, references=folder, masks=None, background_weight=1.0))
