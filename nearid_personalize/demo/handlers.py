@@ -1,6 +1,5 @@
 """Who answers the widgets of the tab "Personalize": each handler says, by the widgets' names, what they show now."""
 
-import functools
 import inspect
 import logging
 import shutil
@@ -67,29 +66,34 @@ class Visit:
 
 
 def answering(handler: Callable, widgets: Mapping[str, Any]) -> Callable:
-    """A handler as gradio calls it: names become widgets, and errors reach the visitor as one sentence.
+    """A handler as gradio calls it where an event's inputs are a set: with the widgets' values in one dict.
 
-    The sentence is a warning: of an error gradio would make a veil over every widget that the handler may change.
+    The handler gets the values under the widgets' names, and the event if it takes one. Errors reach the visitor as one
+    sentence. It is a warning: of an error gradio would make a veil over every widget that the handler may change.
     """
+    names = {widget: name for name, widget in widgets.items()}
+    takes_event = "event" in inspect.signature(handler).parameters
     nothing_new = {[*widgets.values()][-1]: gr.skip()}  # no widget at all would not do for gradio
 
-    def named(answer: Shown) -> dict:
-        updates = {name: gr.update(**value) if isinstance(value, dict) else value for name, value in answer.items()}
-        return {widgets[name]: value for name, value in updates.items()} or nothing_new
+    def by_name(values: Mapping[Any, Any], event: gr.EventData) -> dict[str, Any]:
+        given = {names[widget]: value for widget, value in values.items()}
+        return {**given, "event": event} if takes_event else given
 
-    @functools.wraps(handler)
-    def call(*arguments: Any) -> Any:
+    def updates(answer: Shown) -> dict:
+        shown = {name: gr.update(**value) if isinstance(value, dict) else value for name, value in answer.items()}
+        return {widgets[name]: value for name, value in shown.items()} or nothing_new
+
+    def call(values: dict, event: gr.EventData) -> Any:
         try:
-            return named(handler(*arguments))
+            return updates(handler(**by_name(values, event)))
         except Exception as error:  # noqa: BLE001 - told and logged
             gr.Warning(sentence(error), title="That does not work")
             return nothing_new
 
-    @functools.wraps(handler)
-    def generate(*arguments: Any) -> Any:
+    def generate(values: dict, event: gr.EventData) -> Any:
         try:
-            for answer in handler(*arguments):
-                yield named(answer)
+            for answer in handler(**by_name(values, event)):
+                yield updates(answer)
         except Exception as error:  # noqa: BLE001 - told and logged
             gr.Warning(sentence(error), title="That does not work")
             yield nothing_new
@@ -114,15 +118,15 @@ class Handlers:
     ) -> None:
         self.studio, self.visitors, self.lora, self.card_places = studio, visitors, lora, tuple(card_places)
 
-    def welcome(self) -> Shown:
-        """A visit begins."""
+    def welcome(self, visit: Visit | None = None) -> Shown:
+        """A visit begins; nothing is known of it yet."""
         return {"visit": Visit(self.visitors.new(), lora=self.lora)}
 
     # Photos
 
-    def add(self, visit: Visit, files: list[str] | None) -> Shown:
+    def add(self, visit: Visit, drop: list[str] | None) -> Shown:
         """Photos were dropped."""
-        refused = visit.visitor.add_photos(Path(file) for file in files or [])
+        refused = visit.visitor.add_photos(Path(file) for file in drop or [])
         return {"drop": None, **self._looked_at(visit, refused)}
 
     def borrow(self, visit: Visit, event: gr.EventData) -> Shown:
@@ -168,11 +172,15 @@ class Handlers:
 
     # Training
 
-    def train(self, visit: Visit, base_model: str, word: str, steps: float) -> Iterator[Shown]:
+    def train(self, visit: Visit, base_model: str, word: str, lora_steps: float) -> Iterator[Shown]:
         """Train a LoRA."""
         visitor = need_photos(visit.visitor)
         request = TrainingRequest(
-            base_model, photo_folder(visitor), checked_word(word), visitor.new_folder("lora"), int(steps)
+            base_model=base_model,
+            photos=photo_folder(visitor),
+            word=checked_word(word),
+            output=visitor.new_folder("lora"),
+            steps=int(lora_steps),
         )
         visit.lora = visit.uploaded = None
         job = visit.job = self.studio.training(request)
@@ -204,13 +212,13 @@ class Handlers:
         told = done if visit.lora else words.note("Cancelled; nothing is kept of it.", "plain")
         yield {"train": VISIBLE, "cancel": HIDDEN, "train_note": told}
 
-    def take_lora(self, visit: Visit, file: str) -> Shown:
+    def take_lora(self, visit: Visit, lora_file: str) -> Shown:
         """A LoRA was uploaded. One that is refused leaves the box free for another, and what was used in use."""
         try:
-            visit.uploaded = taken_lora(visit.visitor, Path(file))
+            visit.uploaded = taken_lora(visit.visitor, Path(lora_file))
         except InputError as error:
             return {"lora_file": None, "train_note": words.note(sentence(error), "bad")}
-        return {"train_note": words.note(f"{escape(safe_name(Path(file).name))} will be used.", "good")}
+        return {"train_note": words.note(f"{escape(safe_name(Path(lora_file).name))} will be used.", "good")}
 
     def drop_lora(self, visit: Visit) -> Shown:
         """The uploaded LoRA was taken out again: the one it went before is used."""
@@ -224,9 +232,9 @@ class Handlers:
         visit: Visit,
         base_model: str,
         word: str,
-        text: str,
-        num_images: float,
-        num_candidates: float,
+        prompt: str,
+        wanted: float,
+        candidates: float,
         strictness: str,
         spending: str,
         seed: float,
@@ -240,11 +248,11 @@ class Handlers:
         request = DrawingRequest(
             base_model=base_model,
             photos=tuple(visitor.photos),
-            prompt=whole_prompt(checked_prompt(text), checked_word(word)),
+            prompt=whole_prompt(checked_prompt(prompt), checked_word(word)),
             output=visitor.new_folder("my-pet"),
             lora=visit.lora_in_use,
-            num_images=int(num_images),
-            num_candidates=max(int(num_candidates), int(num_images)),
+            num_images=int(wanted),
+            num_candidates=max(int(candidates), int(wanted)),
             strictness=strictness,
             spend=spending,  # type: ignore[arg-type]
             race=race,
@@ -317,7 +325,7 @@ class Handlers:
             raise InputError("make pictures first")
         first = next(c for c in outcome.result.candidates if c.seed == outcome.request.seed)
         if first.image is None:
-            yield {"without": words.note("DrawingProgress the first candidate to its end…")}
+            yield {"without": words.note("Drawing the first candidate to its end…")}
             output = visit.visitor.new_folder("plain")
             request = replace(outcome.request, num_images=1, num_candidates=1, race=False, spend="save", output=output)
             with visit.visitor.at_work():

@@ -81,15 +81,15 @@ def tile_grid(name: str, label: str) -> gr.HTML:
 
 
 def connect(handlers: Handlers, page: gr.Blocks, widgets: dict[str, Any]) -> None:
-    """Which handler answers what. Handlers know the widgets by these names."""
+    """Which handler answers what. A handler's arguments, and what it answers, go by the widgets' names."""
 
     def on(event: Callable, handler: Callable, inputs: Sequence[str] = (), busy: str | None = None, **more: Any) -> Any:
         """busy: the widget that shows a wait."""
         shown = {"show_progress": "minimal", "show_progress_on": widgets[busy]} if busy else {}
-        asked = [widgets[name] for name in ("visit", *inputs)]
+        asked = {widgets[name] for name in ("visit", *inputs)}
         return event(answering(handler, widgets), asked, [*widgets.values()], **{**PRIVATE, **shown, **more})
 
-    page.load(answering(handlers.welcome, widgets), None, widgets["visit"], **PRIVATE)
+    page.load(answering(handlers.welcome, widgets), {widgets["visit"]}, widgets["visit"], **PRIVATE)
     on(widgets["drop"].upload, handlers.add, ["drop"], "photo_note")
     on(widgets["pets"].select, handlers.borrow, (), "photo_note")
     on(widgets["photos"].select, handlers.select)
@@ -102,8 +102,8 @@ def connect(handlers: Handlers, page: gr.Blocks, widgets: dict[str, Any]) -> Non
     on(widgets["examine"].click, handlers.examine, ["base_model", "word", "steps", "guidance"])
     for name in ("cancel", "stop", "cancel_card"):
         on(widgets[name].click, handlers.cancel, queue=False)
-    asked = ["base_model", "word", "prompt", "wanted", "candidates", "strictness", "spending", "seed", "steps"]
-    on(widgets["draw"].click, handlers.draw, [*asked, "guidance", "race", "copies"])
+    asked = ["base_model", "word", "prompt", "wanted", "candidates", "strictness", "spending", "race", "copies"]
+    on(widgets["draw"].click, handlers.draw, [*asked, "seed", "steps", "guidance"])
     for name, handler in (("accepted", handlers.open_accepted), ("others", handlers.open_other)):
         opened = on(widgets[name].select, handler, (), "details")
         opened.then(None, js=SHOW_DETAILS, api_visibility="private")
@@ -238,12 +238,20 @@ def compare_tab(studio: Studio, max_photos: int) -> None:
     """Two pictures, or two sets of them."""
     widgets: dict[str, Any] = {}
 
-    def look(side: str, files: list[str] | None) -> dict[str, str]:
-        shown = [pictures.Tile(picture, f"{side} {i}") for i, picture in enumerate(pictures_from(files, max_photos), 1)]
+    def show(side: str, files: list[str] | None) -> dict[str, str]:
+        shown = []
+        for number, picture in enumerate(pictures_from(files, max_photos), 1):
+            shown.append(pictures.Tile(picture, f"{side} {number}"))
         return {side: pictures.tiles(shown, clickable=False)}
 
-    def compare(first: list[str] | None, second: list[str] | None) -> dict[str, str]:
-        left, right = pictures_from(first, max_photos), pictures_from(second, max_photos)
+    def show_left(left_files: list[str] | None) -> dict[str, str]:
+        return show("left", left_files)
+
+    def show_right(right_files: list[str] | None) -> dict[str, str]:
+        return show("right", right_files)
+
+    def compare(left_files: list[str] | None, right_files: list[str] | None) -> dict[str, str]:
+        left, right = pictures_from(left_files, max_photos), pictures_from(right_files, max_photos)
         found = studio.compare(left, right)
         figures = pictures.side_by_side(
             pictures.figure(left[found.drift.nearest], "The left picture most like it"),
@@ -254,17 +262,19 @@ def compare_tab(studio: Studio, max_photos: int) -> None:
 
     gr.Markdown("## Is it the same one?")
     with gr.Row(equal_height=False):
-        for side, label in (("left", "One picture, or several of one subject"), ("right", "Another one, or several")):
+        for side, label, handler in (
+            ("left", "One picture, or several of one subject", show_left),
+            ("right", "Another one, or several", show_right),
+        ):
             with gr.Column():
                 files = widgets[f"{side}_files"] = gr.File(
                     label=label, file_count="multiple", file_types=PHOTO_FILES, height=150, elem_id=f"compare-{side}"
                 )
                 widgets[side] = gr.HTML(elem_classes="grid")
-                handler = answering(lambda files, side=side: look(side, files), widgets)
-                files.change(handler, files, widgets[side], **PRIVATE)
+                files.change(answering(handler, widgets), {files}, widgets[side], **PRIVATE)
     button = gr.Button("Compare", variant="primary", elem_id="compare")
     widgets["answer"] = gr.HTML(elem_id="comparison")
-    both = [widgets["left_files"], widgets["right_files"]]
+    both = {widgets["left_files"], widgets["right_files"]}
     button.click(answering(compare, widgets), both, widgets["answer"], **PRIVATE)
 
 
