@@ -45,7 +45,8 @@ from nearid_personalize.training.lora.loop import LoraOptions, Snapshot, train_l
 from nearid_personalize.training.lora.pictures import Picture
 from nearid_personalize.training.lora.validation import IdentityValidation, ValidationOptions, without_word
 from nearid_personalize.training.lora.validation_plan import ValidationPlan
-from nearid_personalize.training.lora.validation_records import Limits, best_of, out_of_patience
+from nearid_personalize.training.lora.validation_records import Limits, best_of, improvements
+from nearid_personalize.training.patience import out_of_patience
 
 NUM_REFERENCES = 4
 ARMS = (
@@ -297,7 +298,7 @@ def early_stop(record: dict, records: list[dict], patience: int, outcome: str) -
     gain = ValidationOptions().patience_gain
     known = len(records)
     for n in range(2, len(records)):
-        if out_of_patience(records[:n], patience, gain):
+        if out_of_patience(improvements(records[:n], gain), patience):
             known = n
             break
     training = record["run_seconds"][-1] - record["validation_seconds"][-1]

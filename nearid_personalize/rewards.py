@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from nearid_personalize.encoder.checkpoints import weights_fingerprint
 from nearid_personalize.errors import InputError
-from nearid_personalize.floors.base import Floor
+from nearid_personalize.floors.base import Floor, first_failures
 from nearid_personalize.images import ImageSource, check_pixel_range, load_images
 from nearid_personalize.scorer.scorer import IdentityScorer
 from nearid_personalize.scorer.subject import Subject, identity_scores
@@ -104,9 +104,9 @@ class IdentityReward:
         reasons = [""] * len(pictures)
         for prompt in dict.fromkeys(prompts):
             rows = [row for row, asked in enumerate(prompts) if asked == prompt]
-            for floor in self.floors:
-                for row, reason in zip(rows, floor.judge([pictures[row] for row in rows], prompt)):
-                    reasons[row] = reasons[row] or reason
+            failures = first_failures(self.floors, [pictures[row] for row in rows], prompt)
+            for row, failure in zip(rows, failures, strict=True):
+                reasons[row] = failure
         return reasons
 
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "nearid_personalize"
 # A room may import those of lower floors, and its own
 FLOORS = (
     ("errors", "lazy"),
-    ("attention", "hub", "names"),
+    ("attention", "batches", "hub", "names"),
     ("files", "losses", "metrics"),
     ("images",),
     ("encoder", "report"),

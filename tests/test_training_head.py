@@ -270,18 +270,15 @@ def test_resumed_run_ends_in_exactly_the_unbroken_runs_weights(tmp_path):
     assert same(weights(resumed), weights(unbroken))
     with pytest.raises(InputError, match=r"--learning-rate 0\.01: the checkpoint .* --learning-rate 0\.001"):
         train_head(dataclasses.replace(options, resume=True, learning_rate=1e-2), tiny_model(), cache)
-    (tmp_path / "checkpoints" / "step-00000008" / "recipe.json").unlink()
-    with pytest.raises(InputError, match="step-00000008: does not say"):
-        train_head(dataclasses.replace(options, resume=True), tiny_model(), cache)
 
 
 def test_old_checkpoints_go(tmp_path):
     options = quick_options(tmp_path, steps=8, checkpoint_every=2, checkpoints_total_limit=3)
     train_head(options, tiny_model(), tokens_of(Tiles(9)))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
-        "step-00000004",
-        "step-00000006",
-        "step-00000008",
+        "step-000004",
+        "step-000006",
+        "step-000008",
     ]
 
 

@@ -19,9 +19,9 @@ from transformers import CLIPTextModel
 
 from nearid_personalize.errors import InputError
 from nearid_personalize.lora.files import count_missing
+from nearid_personalize.training.checkpoints import whole_checkpoints
 from nearid_personalize.training.lora import loop as lora
 from nearid_personalize.training.lora.adapters import add_adapters, make_optimizer, token_id
-from nearid_personalize.training.lora.checkpoints import checkpoints
 from nearid_personalize.training.lora.families import StableDiffusion
 from nearid_personalize.training.lora.loop import WEIGHTS_NAME, LoraOptions, load_lora, read_metadata, train_lora
 from nearid_personalize.training.lora.noising import flow_noising
@@ -169,8 +169,8 @@ def test_resumed_equals_uninterrupted(kind, options, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Interruption):
         patch.setattr(lora.LoraRun, "take_step", fail_at_step_four)
         train_lora(options)
-    assert [path.name for path in checkpoints(options.output)] == ["step-000002", "step-000003"]
-    assert read_metadata(checkpoints(options.output)[0])["steps"] == 2
+    assert [path.name for path in whole_checkpoints(options.output / "checkpoint")] == ["step-000002", "step-000003"]
+    assert read_metadata(whole_checkpoints(options.output / "checkpoint")[0])["steps"] == 2
     assert not (options.output / WEIGHTS_NAME).exists()
 
     with pytest.raises(InputError, match="--resume"):
@@ -181,7 +181,7 @@ def test_resumed_equals_uninterrupted(kind, options, tmp_path, monkeypatch):
     resumed = load_file(train_lora(options) / WEIGHTS_NAME)
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    assert [path.name for path in checkpoints(options.output)] == ["step-000002", "step-000003"]
+    assert [path.name for path in whole_checkpoints(options.output / "checkpoint")] == ["step-000002", "step-000003"]
 
 
 def test_resume_wants_the_same_references(options, photo_dir):
@@ -203,7 +203,7 @@ def train_on_one_thread(options: LoraOptions) -> None:
 def folders_being_written(output: Path) -> set[tuple[str, int]]:
     """Unfinished checkpoints, each with the time it was last written to."""
     found = set()
-    for path in output.glob("checkpoint/*.partial"):
+    for path in output.glob("checkpoint/.partial-*"):
         with contextlib.suppress(FileNotFoundError):  # finished just now
             found.add((path.name, path.stat().st_mtime_ns))
     return found
@@ -215,7 +215,7 @@ def test_killed_again_and_again_ends_at_the_same_weights(options, tmp_path):
     train_lora(options.but(output=tmp_path / "whole", checkpoint_every=0))
     killed = partial = 0
     for round in range(KILLS):
-        had = checkpoints(options.output)
+        had = whole_checkpoints(options.output / "checkpoint")
         options = options.but(resume=bool(had))
         process = multiprocessing.get_context("fork").Process(target=train_on_one_thread, args=(options,))
         process.start()
@@ -224,7 +224,7 @@ def test_killed_again_and_again_ends_at_the_same_weights(options, tmp_path):
             while process.is_alive() and folders_being_written(options.output) <= before:
                 pass
         else:  # somewhere after one
-            while process.is_alive() and checkpoints(options.output)[-1:] == had[-1:]:
+            while process.is_alive() and whole_checkpoints(options.output / "checkpoint")[-1:] == had[-1:]:
                 time.sleep(0.002)
             time.sleep(0.02 * (round % 3))
         process.kill()

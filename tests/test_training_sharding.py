@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from nearid_personalize.errors import InputError
 from nearid_personalize.lora.samples import draw_samples
+from nearid_personalize.training.checkpoints import whole_checkpoints
 from nearid_personalize.training.lora import loop as lora
-from nearid_personalize.training.lora.checkpoints import checkpoints
 from nearid_personalize.training.lora.loop import WEIGHTS_NAME, LoraOptions, Snapshot, train_lora
 from nearid_personalize.training.lora.options import flat
 from nearid_personalize.training.lora.pictures import read_references
@@ -135,7 +135,7 @@ def test_two_sharded_processes_train_what_one_does(family, text_rank, options, t
     held = [json.loads((options.output / f"held-{rank}.json").read_text()) for rank in (0, 1)]
     assert sum(one["frozen"] for one in held) == held[0]["whole"]
     assert max(one["frozen"] for one in held) < 0.6 * held[0]["whole"]
-    checkpoint = checkpoints(options.output)[0]
+    checkpoint = whole_checkpoints(options.output / "checkpoint")[0]
     assert sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) < 4 * held[0]["whole"]
 
     (options.output / WEIGHTS_NAME).unlink()

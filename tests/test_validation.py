@@ -33,7 +33,8 @@ from nearid_personalize.training.lora.validation import (
 )
 from nearid_personalize.training.lora.validation_files import JOURNAL, shared_beginning
 from nearid_personalize.training.lora.validation_plan import ValidationPlan
-from nearid_personalize.training.lora.validation_records import Journal, Limits, best_of, out_of_patience, verdict
+from nearid_personalize.training.lora.validation_records import Journal, Limits, best_of, improvements, verdict
+from nearid_personalize.training.patience import out_of_patience
 
 ROOT = Path(__file__).parent.parent
 
@@ -128,14 +129,15 @@ def test_patience_counts_validations_since_the_best(gain):
             if not one["refused"] and one["identity"] - best > gain:
                 best, since = one["identity"], 0
         for patience in range(1, 8):
-            assert out_of_patience([record(0, 1.0), *records], patience, gain) == (since >= patience)
-        assert not out_of_patience(records, 0, gain)
+            assert out_of_patience(improvements([record(0, 1.0), *records], gain), patience) == (since >= patience)
+        assert not out_of_patience(improvements(records, gain), 0)
 
 
 def test_ever_smaller_gains_run_out_of_patience():
     """Identity of a LoRA that has converged: every validation is the best so far, by ever less."""
     records = [record(0, 0.0), *(record(step, 0.97 + 0.003 * step) for step in range(1, 5))]
-    assert out_of_patience(records, 2, gain=0.01) and not out_of_patience(records, 2)
+    assert out_of_patience(improvements(records, gain=0.01), 2)
+    assert not out_of_patience(improvements(records), 2)
     assert best_of(records)["step"] == 4
 
 

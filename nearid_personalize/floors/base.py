@@ -14,6 +14,15 @@ class Floor(Protocol):
         ...
 
 
+def first_failures(floors: Sequence[Floor], images: Sequence[Image.Image], prompt: str) -> list[str]:
+    """For each picture the reason of the first floor that refuses it, "" where all let it pass."""
+    reasons = [""] * len(images)
+    for floor in floors:
+        for place, reason in enumerate(floor.judge(images, prompt)):
+            reasons[place] = reasons[place] or reason
+    return reasons
+
+
 def _short(value: float) -> str:
     """.12, 1.00, -.03"""
     return f"{value:.2f}".replace("0.", ".", 1)

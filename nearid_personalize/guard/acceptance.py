@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from nearid_personalize.floors.base import Floor
+from nearid_personalize.floors.base import Floor, first_failures
 from nearid_personalize.floors.copies import near_duplicates
 from nearid_personalize.guard.result import BLACKENED, Candidate
 from nearid_personalize.scorer.ranking import verdict_on
@@ -80,11 +80,3 @@ def preview_scores(scorer: IdentityScorer, subject: Subject, pixels: Tensor) -> 
     if seen.any():
         scores[seen] = scorer.score(pixels[seen], subject)
     return scores
-
-
-def first_failures(floors: Sequence[Floor], images: Sequence[Image.Image], prompt: str) -> list[str]:
-    """For each image the reason of the first floor that refuses it, "" where all let it pass."""
-    reasons = [""] * len(images)
-    for floor in floors:
-        reasons = [reason or own for reason, own in zip(reasons, floor.judge(images, prompt), strict=True)]
-    return reasons

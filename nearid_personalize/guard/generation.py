@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nearid_personalize.batches import in_halves
 from nearid_personalize.guard.acceptance import Acceptance, preview_scores
 from nearid_personalize.guard.hooks import Denoised, Moment, can_batch, denoise
 from nearid_personalize.guard.previews import as_pixels
@@ -57,19 +58,10 @@ class Generation:
 
     def generate(self, batch: range) -> None:
         """Denoise a batch of candidates, in smaller ones when memory runs out."""
-        from accelerate.utils.memory import should_reduce_batch_size
+        in_halves(self._generate, batch, on_halved=self._use_batches_of)
 
-        try:
-            return self._generate(batch)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            if len(batch) == 1 or not should_reduce_batch_size(error):
-                raise
-        # Outside the handler: the exception's traceback keeps the failed batch in memory
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        half = self.max_batch_size = (len(batch) + 1) // 2
-        self.generate(batch[:half])
-        self.generate(batch[half:])
+    def _use_batches_of(self, size: int) -> None:
+        self.max_batch_size = size
 
     def _generate(self, batch: range) -> None:
         self.race.begin(batch, watched=self.watch is not None)

@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from nearid_personalize.errors import InputError
+from nearid_personalize.floors.base import first_failures
 from nearid_personalize.lora.samples import SampleScores, default_prompts, draw_samples, measure_samples
 from nearid_personalize.metrics import wilson_interval
 from nearid_personalize.report import finite_or_none
@@ -227,9 +228,10 @@ class SampleJudge:
 
     def _reasons(self, images: Sequence[Image.Image], prompt: str, scores: torch.Tensor) -> list[str]:
         threshold = self.subject.threshold
-        reasons = ["" if score >= threshold else f"identity {score:.3f} < {threshold:.3f}" for score in scores.tolist()]
-        for floor in self.floors:
-            reasons = [mine or new for mine, new in zip(reasons, floor.judge(images, prompt), strict=True)]
+        reasons = first_failures(self.floors, images, prompt)
+        for place, score in enumerate(scores.tolist()):
+            if score < threshold:  # comes before what a floor says
+                reasons[place] = f"identity {score:.3f} < {threshold:.3f}"
         return reasons
 
 

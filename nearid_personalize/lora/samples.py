@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from nearid_personalize.batches import in_halves
 from nearid_personalize.errors import InputError
 from nearid_personalize.floors.adherence import TextImageEncoder
 from nearid_personalize.floors.copies import CopyFloor, diversity
@@ -90,28 +92,20 @@ def draw_samples(
         )
     cells = [(prompt, seed) for prompt in prompts for seed in seeds]
     batches = (cells[start : start + max_batch_size] for start in range(0, len(cells), max_batch_size))
-    flat = [image for batch in batches for image in _draw(pipe, batch, pipeline_kwargs)]
+    flat: list[Image.Image] = []
+    for batch in batches:
+        for images in in_halves(partial(_draw, pipe, pipeline_kwargs), batch):
+            flat += images
     return [flat[row * len(seeds) : (row + 1) * len(seeds)] for row in range(len(prompts))]
 
 
-def _draw(pipe: DiffusionPipeline, cells: Sequence[tuple[str, int]], arguments: Mapping[str, Any]) -> list[Image.Image]:
-    """Draw (prompt, seed) cells in one batch, in smaller ones when memory runs out."""
-    from accelerate.utils.memory import should_reduce_batch_size
-
+def _draw(pipe: DiffusionPipeline, arguments: Mapping[str, Any], cells: Sequence[tuple[str, int]]) -> list[Image.Image]:
+    """Draw (prompt, seed) cells in one batch."""
     prompts = [prompt for prompt, _ in cells]
     # Pipelines want other prompts, the negative one say, as many as there are prompts
     others = {k: [v] * len(cells) if "prompt" in k and isinstance(v, str) else v for k, v in arguments.items()}
-    try:
-        generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in cells]
-        return list(denoise(pipe, {**others, "prompt": prompts}, generators).images)
-    except (RuntimeError, torch.OutOfMemoryError) as error:
-        if len(cells) == 1 or not should_reduce_batch_size(error):
-            raise
-    # Outside the handler: the exception's traceback keeps the failed batch in memory
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    half = (len(cells) + 1) // 2
-    return _draw(pipe, cells[:half], arguments) + _draw(pipe, cells[half:], arguments)
+    generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in cells]
+    return list(denoise(pipe, {**others, "prompt": prompts}, generators).images)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ from nearid_personalize.errors import InputError
 from nearid_personalize.evaluation import Retrieval, evaluate_tokens, into_slots, with_interval
 from nearid_personalize.files import check_writable, write_atomically
 from nearid_personalize.losses import gather_rows, info_nce_loss, two_tier_loss
+from nearid_personalize.training.checkpoints import whole_checkpoints, write_checkpoint
+from nearid_personalize.training.patience import out_of_patience
 
 FINISHED = "training.json"
 """Written last: where it is, a run has been exported."""
@@ -186,60 +188,130 @@ def train_head(
     """
     accelerator = accelerator or accelerator_for(options)
     schedule = Schedule.of(options, source.view_mask, sets)
-    size = schedule.batch_size
-    if size % accelerator.num_processes:
-        raise InputError(
-            f"--batch-size {options.batch_size}: {accelerator.num_processes} processes cannot share "
-            f"{size} identities evenly"
-        )
+    check_shares(options, schedule, accelerator)
     given = given or {}
     if options.resume:
         check_resumable(options, given)
     check_writable(options.output, "--output")
-    model.freeze_trunk().eval().to(accelerator.device)
-    optimizer = torch.optim.AdamW(model.head.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
-    scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, options.warmup_steps, options.steps))
-    pooling, optimizer = accelerator.prepare(Pooling(model), optimizer)
-    position = _Position()
-    accelerator.register_for_checkpointing(position, scheduler)
-    checkpoints = _Checkpoints(accelerator, options, given)
+    run = HeadRun.open(options, model, accelerator, schedule)
     if options.resume:
-        checkpoints.load_newest()
+        run.load_newest()
     if options.tensorboard:
         accelerator.init_trackers("head", {k: v for k, v in options.recipe().items() if v is not None})
-
-    losses = position.losses
+    position = run.position
     if validation is not None and position.step == 0:
         position.measured(0, evaluate_tokens(model, validation), model)
-    quiet = not accelerator.is_main_process
-    with ExitStack() as stack:
-        if isinstance(source, TokenCache):
-            source = stack.enter_context(ReadAhead(source))
-        progress = tqdm(total=options.steps, initial=position.step, desc="head", unit="step", disable=quiet)
-        stack.enter_context(progress)
-        while position.step < options.steps and not position.out_of_patience(options.patience):
-            step = position.step
-            losses.append(_train_step(options, accelerator, pooling, optimizer, source, schedule, step))
-            scheduler.step()
-            position.step = done = step + 1
-            progress.update()
-            progress.set_postfix(_postfix(losses, position.validation), refresh=False)
-            if options.tensorboard:
-                accelerator.log({"loss": losses[-1], "learning_rate": scheduler.get_last_lr()[0]}, step=done)
-            if validation is not None and _due(done, options.evaluate_every, options.steps):
-                measured = evaluate_tokens(model, validation)
-                position.measured(done, measured, model)
-                if options.tensorboard:
-                    accelerator.log({"ssr": measured.ssr, "pa": measured.pa}, step=done)
-            if options.checkpoint_every and done % options.checkpoint_every == 0:
-                checkpoints.save(done)
+    run.train(source, validation, given)
     kept = position.step
     if options.keep == "best" and position.best_head:
         model.head.load_state_dict(position.best_head)
         kept = position.best_step
     if options.tensorboard:
         accelerator.end_training()
-    return HeadResult(losses, position.validation, kept)
+    return HeadResult(losses=position.losses, validation=position.validation, kept_step=kept)
+
+
+def check_shares(options: HeadOptions, schedule: "Schedule", accelerator: Accelerator) -> None:
+    """Raise InputError where the processes cannot share a batch evenly."""
+    size, processes = schedule.batch_size, accelerator.num_processes
+    if size % processes:
+        raise InputError(
+            f"--batch-size {options.batch_size}: {processes} processes cannot share {size} identities evenly"
+        )
+
+
+@dataclass
+class HeadRun:
+    """All that lasts from one step to the next; made by `open`."""
+
+    options: HeadOptions
+    model: NearIDModel
+    accelerator: Accelerator
+    schedule: "Schedule"
+    pooling: nn.Module
+    """What accelerate made of the part that is trained."""
+    optimizer: Any
+    scheduler: LambdaLR
+    position: "_Position"
+
+    @classmethod
+    def open(
+        cls, options: HeadOptions, model: NearIDModel, accelerator: Accelerator, schedule: "Schedule"
+    ) -> "HeadRun":
+        """Freeze the trunk, and hand the head, its optimizer and the run's position to accelerate."""
+        model.freeze_trunk().eval().to(accelerator.device)
+        optimizer = torch.optim.AdamW(
+            model.head.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
+        )
+        scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, options.warmup_steps, options.steps))
+        pooling, optimizer = accelerator.prepare(Pooling(model), optimizer)
+        position = _Position()
+        accelerator.register_for_checkpointing(position, scheduler)
+        return cls(
+            options=options,
+            model=model,
+            accelerator=accelerator,
+            schedule=schedule,
+            pooling=pooling,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            position=position,
+        )
+
+    def load_newest(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        found = whole_checkpoints(checkpoint_folder(self.options))
+        if found:
+            self.accelerator.load_state(str(found[-1]))
+
+    def save(self, given: Mapping[str, Given]) -> None:
+        """Write a checkpoint."""
+        decisions = json.dumps(_decisions(self.options, given), indent=2) + "\n"
+        write_checkpoint(
+            self.accelerator,
+            checkpoint_folder(self.options),
+            self.position.step,
+            lambda folder: write_atomically(folder / RECIPE, decisions),
+            self.options.checkpoints_total_limit,
+        )
+
+    def train(self, source: TokenSource, validation: TokenCache | None, given: Mapping[str, Given]) -> None:
+        """Take steps until all are done, or patience is out."""
+        options, position = self.options, self.position
+        quiet = not self.accelerator.is_main_process
+        with ExitStack() as stack:
+            if isinstance(source, TokenCache):
+                source = stack.enter_context(ReadAhead(source))
+            progress = tqdm(total=options.steps, initial=position.step, desc="head", unit="step", disable=quiet)
+            stack.enter_context(progress)
+            while position.step < options.steps and not position.out_of_patience(options.patience):
+                self.take_step(source)
+                progress.update()
+                progress.set_postfix(_postfix(position.losses, position.validation), refresh=False)
+                if validation is not None and _due(position.step, options.evaluate_every, options.steps):
+                    self.measure(validation)
+                if options.checkpoint_every and position.step % options.checkpoint_every == 0:
+                    self.save(given)
+
+    def take_step(self, source: TokenSource) -> None:
+        """One optimizer step, and what is logged of it."""
+        position = self.position
+        loss = _train_step(
+            self.options, self.accelerator, self.pooling, self.optimizer, source, self.schedule, position.step
+        )
+        position.losses.append(loss)
+        self.scheduler.step()
+        position.step += 1
+        if self.options.tensorboard:
+            rate = self.scheduler.get_last_lr()[0]
+            self.accelerator.log({"loss": loss, "learning_rate": rate}, step=position.step)
+
+    def measure(self, validation: TokenCache) -> None:
+        """Measure the head on the validation rows."""
+        measured = evaluate_tokens(self.model, validation)
+        self.position.measured(self.position.step, measured, self.model)
+        if self.options.tensorboard:
+            self.accelerator.log({"ssr": measured.ssr, "pa": measured.pa}, step=self.position.step)
 
 
 def accelerator_for(options: HeadOptions) -> Accelerator:
@@ -439,7 +511,7 @@ class _Position:
 
     def out_of_patience(self, patience: int) -> bool:
         """Whether the last `patience` measurements were no better than the best before them."""
-        return patience > 0 and sum(step > self.best_step for step in self.validation) >= patience
+        return out_of_patience([step == self.best_step for step in self.validation], patience)
 
     def state_dict(self) -> dict[str, Any]:
         measured = {step: asdict(retrieval) for step, retrieval in self.validation.items()}
@@ -451,39 +523,9 @@ class _Position:
         self.validation = {step: Retrieval(**measured) for step, measured in state["validation"].items()}
 
 
-class _Checkpoints:
-    """Checkpoints under `output/checkpoints`: each appears under its name when it is complete, never before."""
-
-    def __init__(self, accelerator: Accelerator, options: HeadOptions, given: Mapping[str, Given]) -> None:
-        self.accelerator, self.options, self.given = accelerator, options, given
-        self.folder = options.output / "checkpoints"
-
-    def load_newest(self) -> None:
-        found = _complete_checkpoints(self.options)
-        if found:
-            self.accelerator.load_state(str(found[-1]))
-
-    def save(self, step: int) -> None:
-        partial = self.folder / f".partial-{step:08d}"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            write_atomically(partial / RECIPE, json.dumps(_decisions(self.options, self.given), indent=2) + "\n")
-            final = self.folder / f"step-{step:08d}"
-            if not final.exists():
-                os.replace(partial, final)
-            for old in _complete_checkpoints(self.options)[: -self.options.checkpoints_total_limit]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-
-
-def _complete_checkpoints(options: HeadOptions) -> list[Path]:
-    """Oldest first."""
-    return sorted((options.output / "checkpoints").glob("step-*"))
+def checkpoint_folder(options: HeadOptions) -> Path:
+    """Where the checkpoints lie."""
+    return options.output / "checkpoints"
 
 
 def _decisions(options: HeadOptions, given: Mapping[str, Given]) -> dict[str, Given]:
@@ -493,12 +535,10 @@ def _decisions(options: HeadOptions, given: Mapping[str, Given]) -> dict[str, Gi
 
 def check_resumable(options: HeadOptions, given: Mapping[str, Given]) -> None:
     """Raise InputError when what lies in `output` was trained otherwise than it would go on; reads no weights."""
-    found = _complete_checkpoints(options)
+    found = whole_checkpoints(checkpoint_folder(options))
     if is_finished(options):
-        stored = json.loads((options.output / FINISHED).read_text(encoding="utf-8")).get("given", {})
+        stored = json.loads((options.output / FINISHED).read_text(encoding="utf-8"))["given"]
     elif found:
-        if not (found[-1] / RECIPE).is_file():
-            raise InputError(f"{found[-1]}: does not say what it was trained on; begin anew without --resume")
         stored = json.loads((found[-1] / RECIPE).read_text(encoding="utf-8"))
     else:
         return
@@ -565,7 +605,7 @@ def export(
     }
     write_atomically(options.output / FINISHED, json.dumps(report, indent=2) + "\n")
     if not options.keep_checkpoints:
-        shutil.rmtree(options.output / "checkpoints", ignore_errors=True)
+        shutil.rmtree(checkpoint_folder(options), ignore_errors=True)
 
 
 def model_card(options: HeadOptions, result: HeadResult, facts: TrainingFacts) -> str:

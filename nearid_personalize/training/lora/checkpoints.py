@@ -1,7 +1,6 @@
 """Checkpoints of a LoRA run: whole or not there, the newest few kept, and only resumed by the run that wrote them."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nearid_personalize.errors import InputError
+from nearid_personalize.training.checkpoints import whole_checkpoints, write_checkpoint
 from nearid_personalize.training.lora.options import LoraOptions, flat
 
 BOOKKEEPING = {"output", "resume", "checkpoint_every", "checkpoints_total_limit", "keep_checkpoints", "validate_every"}
@@ -38,16 +38,6 @@ def save_only_adapters(accelerator: Accelerator, model: nn.Module) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def checkpoints(output: Path) -> list[Path]:
-    """List whole checkpoints, oldest first."""
-    return sorted(output.glob("checkpoint/step-??????"))
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """How many steps were done when it was written."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
 def save_checkpoint(
     accelerator: Accelerator,
     options: LoraOptions,
@@ -55,35 +45,34 @@ def save_checkpoint(
     run: Mapping[str, Any],
     write_lora: Callable[[Path], None],
 ) -> None:
-    """Write the state after `step` steps, under a temporary name until it is whole, then drop the oldest.
+    """Write the state after `step` steps.
 
     run: what must be the same on resume beside the options. write_lora: writes the LoRA, as it is now, into a folder.
     """
-    folder = options.output / "checkpoint" / f"step-{step:06d}"
-    partial = folder.with_name(folder.name + ".partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_lora(partial)
+
+    def add_files(folder: Path) -> None:
+        write_lora(folder)
         state = {"options": flat(options), "run": run}
-        (partial / "run.json").write_text(json.dumps(state, default=str), encoding="utf-8")
-        partial.rename(folder)
-        for older in checkpoints(options.output)[: -options.checkpoints.checkpoints_total_limit]:
-            shutil.rmtree(older)
+        (folder / "run.json").write_text(json.dumps(state, default=str), encoding="utf-8")
+
+    limit = options.checkpoints.checkpoints_total_limit
+    write_checkpoint(accelerator, checkpoint_folder(options), step, add_files, limit)
+
+
+def checkpoint_folder(options: LoraOptions) -> Path:
+    """Where the checkpoints lie."""
+    return options.output / "checkpoint"
 
 
 def find_checkpoint(options: LoraOptions, run: Mapping[str, Any]) -> Path | None:
     """Return the checkpoint to resume from, None for a fresh start; InputError when `--resume` and OUTPUT disagree."""
-    found = checkpoints(options.output)
+    found = whole_checkpoints(checkpoint_folder(options))
     if not options.checkpoints.resume:
         if found:
             raise InputError(f"--output {options.output} holds a checkpoint; pass --resume or choose another folder")
         return None
     if not found:
-        raise InputError(f"--resume: no checkpoint under {options.output / 'checkpoint'}; start without --resume")
+        raise InputError(f"--resume: no checkpoint under {checkpoint_folder(options)}; start without --resume")
     before = json.loads((found[-1] / "run.json").read_text(encoding="utf-8"))
     now = json.loads(json.dumps({"options": flat(options), "run": run}, default=str))
     for name in (name for name in flat(options) if name not in BOOKKEEPING):

@@ -34,6 +34,7 @@ from nearid_personalize.attention import check_attention, using_attention
 from nearid_personalize.errors import InputError
 from nearid_personalize.files import check_writable
 from nearid_personalize.lora.files import WEIGHTS_NAME, load_lora, read_metadata
+from nearid_personalize.training.checkpoints import checkpoint_step
 from nearid_personalize.training.lora.adapters import (
     PromptedDenoiser,
     add_adapters,
@@ -44,7 +45,7 @@ from nearid_personalize.training.lora.adapters import (
 )
 from nearid_personalize.training.lora.base_model import load_base_model
 from nearid_personalize.training.lora.checkpoints import (
-    checkpoint_step,
+    checkpoint_folder,
     find_checkpoint,
     save_checkpoint,
     save_only_adapters,
@@ -594,7 +595,7 @@ def train_lora(options: LoraOptions, validate: Validate | None = None, on_step: 
         if accelerator.is_main_process:
             run.write_lora(options.output, step)
             if not options.checkpoints.keep_checkpoints:
-                shutil.rmtree(options.output / "checkpoint", ignore_errors=True)
+                shutil.rmtree(checkpoint_folder(options), ignore_errors=True)
         accelerator.wait_for_everyone()
         accelerator.free_memory()
     return options.output

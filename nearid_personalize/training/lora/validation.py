@@ -66,9 +66,10 @@ from nearid_personalize.training.lora.validation_records import (
     Record,
     best_of,
     headline,
-    out_of_patience,
+    improvements,
     verdict,
 )
+from nearid_personalize.training.patience import out_of_patience
 
 PROBE_STEPS = 2, 5  # denoising steps of the pictures that are timed before the run
 
@@ -313,7 +314,8 @@ class IdentityValidation:
             if ended := snapshot.guard_reward(adherence=record["adherence"], diversity=record["diversity"]):
                 say(ended)
         until_now, validation = self.journal.until(snapshot.step), self.validation
-        return not out_of_patience(until_now, validation.patience, validation.patience_gain)
+        improved = improvements(until_now, validation.patience_gain)
+        return not out_of_patience(improved, validation.patience)
 
     def validate(self, snapshot: Snapshot) -> None:
         """Make the record of a step, and keep its checkpoint where it is the best."""

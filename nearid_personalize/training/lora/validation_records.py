@@ -67,16 +67,16 @@ def best_of(records: Sequence[Record]) -> Record | None:
     return max(kept, key=lambda record: record["identity"], default=None)
 
 
-def out_of_patience(records: Sequence[Record], patience: int, gain: float = 0.0) -> bool:
-    """Whether the last `patience` checkpoints brought no new best, by more than `gain` in identity."""
-    best, since = float("-inf"), 0
+def improvements(records: Sequence[Record], gain: float = 0.0) -> list[bool]:
+    """Whether each checkpoint passed the floors and raised identity by more than `gain` above the last that did."""
+    best, improved = float("-inf"), []
     for record in records:
-        if not record["step"]:
+        if not record["step"]:  # the base model
             continue
-        since += 1
-        if not record["refused"] and record["identity"] > best + gain:
-            best, since = record["identity"], 0
-    return 0 < patience <= since
+        better = not record["refused"] and record["identity"] > best + gain
+        improved.append(better)
+        best = record["identity"] if better else best
+    return improved
 
 
 def headline(record: Record) -> str:
