@@ -1,8 +1,7 @@
 """Train the identity head on the tokens of a frozen trunk.
 
-The loop runs the head alone, on tokens that the trunk gave once (`data.cache`) or gives anew. Every random choice is
-a function of (seed, step), so a resumed run makes exactly the choices of an unbroken one, and the batch of a step does
-not depend on how many processes share it.
+Tokens come from a cache (`data.cache`) or from the trunk. Every random choice is a function of (seed, step), and a
+batch does not depend on the number of processes: a resumed run repeats an unbroken one exactly.
 
 Shape letters: m pictures, B batch, V views, T tokens, D width.
 """
@@ -174,16 +173,15 @@ def train_head(
     sets: Sequence[DataShare] = (),
     given: Mapping[str, Given] | None = None,
 ) -> HeadResult:
-    """Train `model`'s head in place on tokens of its trunk with the two-tier objective.
+    """Train `model`'s head in place on tokens of its trunk; writes only checkpoints and logs, see `export`.
 
-    Leaves the head to keep in `model` and writes nothing but checkpoints and logs to `output`: `export` does the rest.
-    Checkpoints are accelerate's own files, pickles among them: resume only from your own folders.
+    Checkpoints hold accelerate's pickles: resume only from your own folders.
 
     Args:
-        sets: the data sets that the rows of `source` are of, one after another. Default: one, shown once an epoch.
-        given: flags beside the options that decide what is learnt, by name; a run resumes only under the same ones.
+        sets: the data sets that the rows of `source` are of, in order. Default: one, shown once an epoch.
+        given: further flags that decide what is learnt, by name; a run resumes only under the same ones.
 
-    Raises InputError when no row has two views, the batch cannot be shared out evenly, or a checkpoint was made under
+    Raises InputError when no row has two views, the processes cannot share a batch, or a checkpoint was made under
     other options.
     """
     accelerator = accelerator or accelerator_for(options)
@@ -362,9 +360,9 @@ def batch_loss(
     number: int,
     accelerator: Accelerator,
 ) -> Tensor:
-    """The loss of batch `number`, rows int64 [B]: one valid view of each is the anchor, drawn by (seed, number).
+    """The loss of batch `number`, rows int64 [B]. The anchor is a valid view, drawn by (seed, number).
 
-    Each process reads and pools its share of the rows; all of them then see all embeddings, and the same loss.
+    Each process pools its share of the rows; all see all embeddings, and the same loss.
     """
     mine = own_share(rows, accelerator)
     tokens, valid = source.read(mine, variant)
@@ -440,11 +438,7 @@ class Schedule:
         return self.rows[order[batch * self.batch_size : (batch + 1) * self.batch_size]], epoch
 
     def _order(self, generator: torch.Generator) -> Tensor:
-        """Positions in `rows`, each as often as it is repeated.
-
-        Every data set is spread evenly over the epoch, and the repeats of a row are as far apart as can be, so that no
-        batch holds it twice: it would be its own negative.
-        """
+        """Positions in `rows`, each as often as it is repeated, every data set spread evenly over the epoch."""
         positions, times, start = [], [], 0
         for count, repeats in self.sets:
             order = torch.randperm(count, generator=generator)
@@ -586,10 +580,7 @@ def export(
     head_alone: bool = False,
     given: Mapping[str, Given] | None = None,
 ) -> None:
-    """Write the model (or its head alone), its card README.md and training.json to `output`; drop the checkpoints.
-
-    training.json comes last: where it is, the run is finished.
-    """
+    """Write the model (or its head alone), README.md and training.json to `output`; drop the checkpoints."""
     if head_alone:
         save_head(model, options.output, facts.trunk, preprocessing)
     else:

@@ -1,8 +1,7 @@
-"""Training the probe of the quality floor: good pictures, bad ones made of them, and a fit on a frozen trunk's tokens.
+"""Trains the probe of the quality floor on a frozen trunk's tokens of good and bad pictures.
 
-Good is what a pipeline should give: photos, photos through its autoencoder, its finished drawings, each perhaps a
-little softer, brighter or compressed, and of any subject: the wrong one is no matter of quality. Bad is what it should
-never give: damaged pictures, and its own drawings that were not finished.
+Good: photos, photos through the autoencoder, and finished drawings, some of them slightly softened, brightened or
+compressed; of any subject. Bad: damaged pictures, and drawings broken off before the end.
 """
 
 import io
@@ -127,7 +126,7 @@ def doubled(image: Image.Image, rng: random.Random, other: Image.Image) -> Image
 
 
 def warped(image: Image.Image, rng: random.Random, other: Image.Image) -> Image.Image:
-    """The nodes of a grid of 5 cells a side are moved by up to 10 to 15 % of the width."""
+    """Move the nodes of a 5 x 5 grid by up to 10 to 15 % of the width."""
     count, side = 5, image.width
     reach = side * rng.uniform(0.1, 0.15)
     lines = [round(side * i / count) for i in range(count + 1)]
@@ -220,7 +219,7 @@ def draw(
 def make_pictures(
     pipe: "DiffusionPipeline", photos: Iterable[Image.Image], prompts: Sequence[str], size: int, options: QualityOptions
 ) -> tuple[Pictures, Pictures]:
-    """Good and bad pictures by kind, all `size` pixels a side, as the encoder sees them.
+    """Good and bad pictures by kind, `size` pixels a side.
 
     prompts: one for each finished drawing; half of them are drawn again with other seeds and broken off.
     """

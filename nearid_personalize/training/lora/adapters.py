@@ -24,11 +24,8 @@ TOKEN_LAYER = "token_embedding"
 
 
 class PromptedDenoiser(nn.Module):
-    """Denoiser and trained text encoders as one module, so that one `prepare` covers both.
-
-    Autocast is entered here because accelerate's own precision is fixed once for a whole process.
-
-    autocast: see `autocast_to`.
+    """Denoiser and trained text encoders as one module, so that one `prepare` covers both. autocast: see
+    `autocast_to`.
     """
 
     def __init__(self, family: Family, text_names: Sequence[str] = (), autocast: torch.dtype | None = None) -> None:
@@ -40,6 +37,7 @@ class PromptedDenoiser(nn.Module):
 
     def forward(self, noisy: Tensor, timesteps: Tensor, table: Table, prompt_index: Tensor, frame: Tensor) -> Tensor:
         """Predict the target [B,C,h,w]; see `Family.denoise`. prompt_index: [B], rows of `table`."""
+        # accelerate's own precision is fixed once for a whole process
         with autocast_to(self.autocast, noisy.device.type):
             embedded = self.family.embed(dict(self.text.items()), table) if self.text else table
             rows = {name: tensor[prompt_index] for name, tensor in embedded.items()}
@@ -108,6 +106,7 @@ def add_adapters(
 def add_text_adapter(text_encoder: Any, tokenizer: Any, rank: int, options: AdapterOptions, token: str) -> None:
     """Put LoRA layers into one CLIP text encoder, the token's row included when it is to be trained."""
     layers = TEXT_LAYERS + ((TOKEN_LAYER,) if options.train_token else ())
+    # One rank for all: diffusers reads it so from files that lost their metadata
     text_encoder.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers)))
     cast_training_params(text_encoder, torch.float32)
     if options.train_token:
@@ -123,11 +122,10 @@ def token_id(tokenizer: Any, word: str, flag: str) -> int:
 
 
 def free_token_row(text_encoder: Any, tokenizer: Any, token: str, init: Sequence[str]) -> None:
-    """Make the token embedding's LoRA (A `[rank,vocabulary]`, B `[D,rank]`) the update of one row.
+    """Train one row of the token embedding, by its LoRA (A `[rank,vocabulary]`, B `[D,rank]`).
 
-    The update of row i is `B A[:, i]`: with A frozen to a single 1 in the token's column, the first column of B *is*
-    the change of the token's row. The rank stays that of the other text layers, because diffusers reads one rank for
-    all of them from files that lost their metadata.
+    The update of row i is `B A[:, i]`. With A frozen to a single 1 in the token's column, B's first column is the
+    change of the token's row.
     """
     row = token_id(tokenizer, token, "token")
     layer = text_encoder.get_input_embeddings()
@@ -179,12 +177,9 @@ def make_optimizer(groups: Sequence[dict[str, Any]], options: OptimizerOptions) 
 
 
 def learning_rate_factor(step: int, warmup: int, decay: Callable[[int], float]) -> float:
-    """What the learning rates are multiplied by at a step, counted from 0: linear warm-up, then `decay`.
-
-    diffusers' own warm-up begins at 0, where a step teaches nothing.
-    """
+    """Factor of the learning rates at a step, counted from 0: linear warm-up, then `decay`."""
     if step < warmup:
-        return (step + 1) / warmup
+        return (step + 1) / warmup  # diffusers' own begins at 0, where a step teaches nothing
     return decay(step - warmup)
 
 

@@ -1,6 +1,6 @@
-"""The base model of a LoRA: a pipeline's folder, a Hub id, or one checkpoint file as other programs keep it.
+"""Loading the base model of a LoRA: a pipeline's folder, a Hub id, or one checkpoint file in its authors' layout.
 
-A folder may say how it wants to be trained, in `lora_training.json`:
+A folder may recommend learning rates in `lora_training.json`:
 
     {"learning_rate": 1e-3, "text_learning_rate": 5e-4, "token_learning_rate": 5e-3}
 """
@@ -32,9 +32,8 @@ NO_CHECKER: dict[str, Any] = {"safety_checker": None, "requires_safety_checker":
 
 
 def load_base_model(options: LoraOptions, dtype: torch.dtype) -> Family:
-    """Load the pipeline to personalize onto the CPU, from safetensors only, without a safety checker.
-
-    dtype: of all models but the VAE, which is in float32.
+    """Load the pipeline onto the CPU, from safetensors only, without a safety checker; its VAE in float32, the rest in
+    `dtype`.
 
     Raises InputError for what is no pipeline, lacks weights, or cannot be trained here.
     """

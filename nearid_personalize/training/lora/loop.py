@@ -1,13 +1,10 @@
 """DreamBooth-LoRA: teach a text-to-image pipeline one subject from a few pictures.
 
-DreamBooth (Ruiz et al. 2023, arXiv:2208.12242) binds a rare token to the subject and keeps the class with generated
-prior pictures; LoRA (Hu et al. 2022, arXiv:2106.09685) trains low-rank updates instead of the weights. Whatever is
-trained here, the rare token's embedding row included, lies in one `pytorch_lora_weights.safetensors` that a stock
-`pipe.load_lora_weights(folder)` reloads with difference 0.
+DreamBooth (Ruiz et al. 2023, arXiv:2208.12242) binds a rare token to the subject; LoRA (Hu et al. 2022,
+arXiv:2106.09685) trains low-rank updates of the weights. The result is one file that `pipe.load_lora_weights(folder)`
+loads exactly.
 
-Pictures, and prompts while their text encoder is frozen, are encoded once; what is done then leaves the accelerator.
-Every random draw is a function of (seed, step, process), so an interrupted and resumed run ends at the weights of an
-uninterrupted one. What differs between model families is in `families`; what FSDP changes, in `sharding`.
+Every random draw is a function of (seed, step, process): a resumed run ends at the weights of an uninterrupted one.
 """
 
 import math
@@ -91,21 +88,22 @@ LOSS_DRAWS = 16  # noised pictures of a validation loss, at least; more would co
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run after `step` steps, for the validation to look at.
-
-    pipe: ready to draw, with the LoRA as it would be saved now. loss: of the last step. save: writes that LoRA into a
-    folder, with more metadata if given. loss_on: see `LoraRun.loss_on`. guard_reward: tell it adherence=…, diversity=…;
-    where they lost too much to what they were before the reward it ends the reward and says so, else "". log: tell the
-    trackers figures by name, and `step`.
-    """
+    """What a validation sees of a run."""
 
     pipe: DiffusionPipeline
+    """Ready to draw, with the LoRA as it would be saved now."""
     step: int
+    """Optimizer steps done."""
     loss: float
+    """Of the last step."""
     save: Callable[..., None]
+    """Writes the LoRA into a folder, with more metadata if given."""
     loss_on: Callable[[list[Picture]], float]
+    """See `LoraRun.loss_on`."""
     guard_reward: Callable[..., str] = lambda **values: ""
+    """Called with adherence=… and diversity=…; ends the reward where they lost too much, and returns why, else ""."""
     log: Callable[..., None] = lambda values, step: None
+    """Called with figures by name and `step`, for the trackers."""
 
 
 OnStep = Callable[[int, float], bool | None]
@@ -132,9 +130,8 @@ class PlannedValidate(Protocol):
 
 # --- base model ------------------------------------------------------------------------------------------------------
 def load_family(options: LoraOptions, half: torch.dtype | None = None, device: str = "cpu") -> Family:
-    """Load the pipeline to personalize onto the CPU, without a safety checker; the VAE in float32.
-
-    half: type of the frozen weights where `base_precision` asks for half precision.
+    """Load the base model onto the CPU. half: type of the frozen weights where `base_precision` asks for half
+    precision.
     """
     return load_base_model(options, frozen_precision(options.compute, half, device))
 
@@ -146,9 +143,9 @@ def frozen_precision(options: ComputeOptions, half: torch.dtype | None, device: 
 
 
 def choose_autocast(precision: str, accelerator: Accelerator) -> torch.dtype | None:
-    """The precision of our own autocast, float32 for one that switches it off; None: that of accelerate, or none.
+    """The precision of our own autocast; float32: none, not even accelerate's; None: accelerate's, or none.
 
-    "auto" is what accelerate was told; where it was told nothing, bf16 where the hardware multiplies it.
+    "auto" is accelerate's choice; where it has none, bf16 if the hardware multiplies it.
     """
     if precision != "auto":
         return HALF.get(precision, torch.float32)
@@ -166,10 +163,7 @@ def choose_autocast(precision: str, accelerator: Accelerator) -> torch.dtype | N
 def prepare_data(
     family: Family, options: LoraOptions, references: list[Picture], accelerator: Accelerator
 ) -> tuple[TrainingSet, Table]:
-    """Draw missing class pictures, encode every picture and prompt; leave the pipeline on the CPU.
-
-    The table has token ids too when text encoders are trained.
-    """
+    """Draw missing class pictures, encode pictures and prompts, leave the pipeline on the CPU."""
     device = accelerator.device
     if options.data.prior_pictures:
         sizes = training_sizes(options.data, family, references)
@@ -442,9 +436,8 @@ class LoraRun:
 
     @torch.no_grad()
     def loss_on(self, pictures: list[Picture]) -> float:
-        """The denoising loss of pictures, on noise and noise levels that are the same at every step.
-
-        Inside `ready_to_draw`; called by the main process alone.
+        """The denoising loss of pictures, on the same noise at every step. Main process alone, inside
+        `ready_to_draw`.
         """
         plain = {"prior_pictures": 0, "class_prompts": (), "caption_dropout": 0.0, "noise_offset": 0.0}
         options = self.options.but(**plain, batch_size=len(pictures))
@@ -548,10 +541,10 @@ def goes_on(run: LoraRun, validate: Validate, step: int, loss: float) -> bool:
 
 
 def train_lora(options: LoraOptions, validate: Validate | None = None, on_step: OnStep | None = None) -> Path:
-    """Train as `options` say; return the folder that holds `pytorch_lora_weights.safetensors`.
+    """Train a LoRA; returns the folder that holds `pytorch_lora_weights.safetensors`.
 
-    validate: sees the run every `validate_every` steps and after the last, or as it plans, and may end it.
-    on_step: may end it at any step, without a last look.
+    validate: called every `validate_every` steps and after the last, or as it plans; may end the run. on_step: may end
+    it at any step, without a last validation.
 
     Raises InputError for unusable references, base model, token, checkpoint or output folder.
     """

@@ -1,4 +1,4 @@
-"""How latents are noised for training, what the network is asked for, and how much each noise level counts.
+"""How latents are noised for training, the denoiser's target, and the weight of each noise level.
 
 Letters: B batch, C h w latent channels and size.
 """
@@ -53,7 +53,7 @@ def flow_noising(
     std: float = 1.0,
     shift: float = 1.0,
 ) -> Noised:
-    """Flow matching: x_t = (1 - t) x_0 + t noise, target noise - x_0; `shift` moves t as the scheduler's does."""
+    """Flow matching: x_t = (1 - t) x_0 + t noise, target noise - x_0. shift: moves t as the scheduler's does."""
     t = flow_levels(level, weighting, mean, std)  # [B]
     t = shift * t / (1 + (shift - 1) * t)
     column = t.view(-1, 1, 1, 1)
@@ -66,10 +66,9 @@ def flow_noising(
 
 
 def diffusion_noising(scheduler: DDPMScheduler, min_snr_gamma: float | None = None) -> Noising:
-    """DDPM noising with uniform timesteps, the scheduler's own target (epsilon or v), and min-SNR weights.
+    """DDPM noising with uniform timesteps, the scheduler's target (epsilon or v), and min-SNR weights.
 
-    Min-SNR (Hang et al. 2023, arXiv:2303.09556): the error of x_0 weighted by min(SNR, gamma), in terms of what is
-    predicted: / SNR for epsilon, / (SNR + 1) for v.
+    Min-SNR (Hang et al. 2023, arXiv:2303.09556): min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v.
     """
     predicts_v = scheduler.config.prediction_type == "v_prediction"
 
@@ -130,15 +129,16 @@ def stratified_levels(rng: np.random.Generator, count: int) -> Tensor:
 # --- sampling --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Trajectory:
-    """The noise levels of a short sampling, from noise to the clean latents: x = alpha x_0 + sigma noise.
-
-    prediction: see `prediction_of`. timesteps: [S], as the denoiser is told them. alpha, sigma: [S+1], at the end 1, 0.
-    """
+    """The noise levels of a short sampling, from noise to clean latents: x = alpha x_0 + sigma noise."""
 
     prediction: str
+    """See `prediction_of`."""
     timesteps: Tensor
+    """[S]."""
     alpha: Tensor
+    """[S+1], 1 at the end."""
     sigma: Tensor
+    """[S+1], 0 at the end."""
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -172,10 +172,10 @@ def clean_and_noise(noisy: Tensor, predicted: Tensor, level: int, path: Trajecto
 def sample(
     predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, path: Trajectory, steps_with_gradient: int
 ) -> Tensor:
-    """Noise [B,C,h,w] -> clean latents, by DDIM (Song et al. 2021, arXiv:2010.02502): Euler's method for flows.
+    """Noise [B,C,h,w] -> clean latents, by DDIM (arXiv:2010.02502), which for flows is Euler's method.
 
-    predict: (noisy [B,C,h,w], timesteps [B]) -> the denoiser's answer. Only the last `steps_with_gradient` calls of it
-    are differentiated through: DRaFT-K (Clark et al. 2024, arXiv:2309.17400, 4.1).
+    predict: (noisy [B,C,h,w], timesteps [B]) -> prediction. Gradients flow through its last `steps_with_gradient`
+    calls alone: DRaFT-K (arXiv:2309.17400, 4.1).
     """
     noisy = noise
     for level, timestep in enumerate(path.timesteps):

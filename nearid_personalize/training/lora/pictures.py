@@ -1,8 +1,7 @@
-"""Pictures, captions and masks of a LoRA run, read and encoded once, and which of them make batch number `turn`.
+"""Reads and encodes the pictures, captions and masks of a LoRA run once, and makes the batches.
 
-Every random draw here is a function of (seed, turn): nothing depends on what was drawn before.
-
-Letters: M pictures, P prompts, B batch, C h w latent channels and size.
+Every random draw is a function of (seed, turn). Letters: M pictures, P prompts, B batch, C h w latent channels and
+size.
 """
 
 import hashlib
@@ -126,7 +125,7 @@ def draw_class_pictures(
 ) -> None:
     """Let the base model draw the missing class pictures, each with its prompt beside it as .txt.
 
-    sizes: (width, height) in turn, pixels. Process number `process` of `processes` draws its share.
+    sizes: (width, height) in turn, pixels. process, processes: this process draws its share.
     """
     share = list(enumerate(class_files(options)))[process::processes]
     missing = [(index, file) for index, file in share if not file.exists()]
@@ -161,17 +160,17 @@ def read_class_pictures(options: LoraOptions) -> list[Picture]:
 # --- encoding --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Sample:
-    """One encoded picture.
-
-    latents: [2,C,h,w], mean and standard deviation, float32 on the CPU. importance: [h,w], weight of the loss, in
-    [0, 1]. frame: [6], height and width of the original, top and left of the crop in the resized picture, height and
-    width of the crop, pixels (the micro-conditioning of SDXL, arXiv:2307.01952, 2.2). prompt: its number.
-    """
+    """One encoded picture."""
 
     latents: Tensor
+    """[2,C,h,w], mean and standard deviation, float32 on the CPU."""
     importance: Tensor
+    """[h,w], weight of the loss, in [0, 1]."""
     frame: Tensor
+    """[6], pixels: height and width of the original, top and left of the crop, its height and width (the
+    micro-conditioning of SDXL, arXiv:2307.01952, 2.2)."""
     prompt: int
+    """Its number."""
 
 
 @dataclass(frozen=True)
@@ -240,9 +239,8 @@ def encode_all(
     priors: Sequence[Picture],
     more_texts: Sequence[str] = (),
 ) -> TrainingSet:
-    """Encode every picture once. Prior pictures are cut to a size that the references have.
-
-    more_texts: prompts of no picture, which `TrainingSet.prompts` is to hold too.
+    """Encode every picture once, prior pictures at a size that the references have. more_texts: prompts of no
+    picture.
     """
     print_of_references = fingerprint(references)
     if options.horizontal_flips:
@@ -262,18 +260,19 @@ def encode_all(
 # --- batches ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Batch:
-    """Pictures that are learnt from together, on the CPU: what is asked, of which prompts, how much each error counts.
-
-    importance: [B,h,w], inside a picture. share: [B], of each picture's error in the loss, see `shares`. frame: [B,6].
-    prompts: which rows of the table, each once; prompt_index: [B], into them.
-    """
+    """Pictures that are trained on together, on the CPU."""
 
     noised: Noised
     importance: Tensor
+    """[B,h,w], inside a picture."""
     share: Tensor
+    """[B], of each picture's error in the loss, see `shares`."""
     frame: Tensor
+    """[B,6]."""
     prompts: Tensor
+    """Which rows of the table, each once."""
     prompt_index: Tensor
+    """[B], into `prompts`."""
 
     def __len__(self) -> int:
         return len(self.share)
@@ -367,9 +366,8 @@ def make_batch(data: TrainingSet, noising: Noising, options: LoraOptions, turn: 
 
 
 def batch_loss(predicted: Tensor, batch: Batch) -> Tensor:
-    """Weighted squared error, each picture's times its share.
-
-    predicted: [B,C,h,w]. Inside a picture the error is averaged by importance, so small subjects count as large ones.
+    """Squared error of predictions [B,C,h,w], averaged by importance inside a picture, summed by `share` over
+    pictures.
     """
     device = predicted.device
     errors = F.mse_loss(predicted.float(), batch.noised.target.to(device), reduction="none")  # [B,C,h,w]

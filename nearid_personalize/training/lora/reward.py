@@ -1,9 +1,8 @@
-"""Identity as reward while a LoRA trains: DRaFT-K (Clark et al. 2024, arXiv:2309.17400) beside the denoising loss.
+"""Identity as reward beside the denoising loss: DRaFT-K (Clark et al. 2024, arXiv:2309.17400).
 
-After a warm-up, pictures are drawn in a few steps, their last ones with gradients, decoded, and scored by a frozen
-NearID head; minus the score is added to the loss. Three guards keep it from pleasing the head alone: the denoising loss
-stays on; the head that validates must be another one; and once prompt adherence or diversity has lost too much, the
-reward ends and the training goes on without it.
+After a warm-up, pictures are drawn in a few steps and scored by a frozen NearID head; gradients flow through the last
+steps, and minus the score is added to the loss. Against reward hacking the denoising loss stays, validation uses
+another head, and the reward ends once adherence or diversity falls too far.
 
 Letters: B pictures, C h w latent channels and size.
 """
@@ -39,8 +38,8 @@ def enroll_reward(
 ) -> Enrolled | None:
     """Load the head that rewards and enroll the references with it; None without a reward.
 
-    validate: what validates the run. Raises InputError when its `scorer` has the same head, or when it would look at
-    the run for the first time after the reward began, with nothing to compare with.
+    Raises InputError when `validate`, which validates the run, has the same head, or first runs after the reward
+    began.
     """
     if not options.reward.reward_weight:
         return None
@@ -114,12 +113,10 @@ class IdentityTerm:
     def losses(
         self, predict: Callable[[Batch], Tensor], step: int, place: int = 0, places: int = 1, at_once: int | None = None
     ) -> Iterator[Tensor]:
-        """Draw the rewarded pictures of a step, `at_once` of them at a time (None: all).
+        """Draw the rewarded pictures of a step, `at_once` at a time (None: all); the losses sum to -weight * mean
+        identity.
 
-        The losses add up to minus the mean identity, times the weight.
-
-        predict: the denoiser's answer to a batch. place: this process among `places`, each with a batch of its own. A
-        picture's noise is a function of the seed and its number, counted over steps and processes.
+        predict: the denoiser's answer to a batch. place: this process among `places`, each with pictures of its own.
         """
         size = self.options.reward_batch_size
         first = ((step - 1) * places + place) * size
@@ -179,10 +176,10 @@ def guided(
 
 
 class RewardGuard:
-    """Ends the reward when what identity does not see has lost too much. Its state travels in checkpoints.
+    """Ends the reward when adherence or diversity has lost too much. Its state is saved in checkpoints.
 
-    max_drop: share in (0, 1) of the value before the reward that adherence or diversity may lose. first_step: the first
-    rewarded one. stopped_at: the step after which the reward ended, None while it counts.
+    max_drop: share in (0, 1) of the value before the reward that may be lost. stopped_at: the step after which the
+    reward ended, None while it counts.
     """
 
     def __init__(self, max_drop: float, first_step: int) -> None:
@@ -191,10 +188,10 @@ class RewardGuard:
         self.stopped_at: int | None = None
 
     def look(self, step: int, **values: float | None) -> str:
-        """Take note of what was measured after `step` steps; returns why the reward ends here, else "".
+        """Note what was measured after `step` steps (larger is better, None: not measured); returns why the reward
+        ends, else "".
 
-        values: larger is better, as adherence=, diversity=; None: not measured. Those of the last look before the
-        first rewarded step are what later ones are held against.
+        The last values before the first rewarded step are the reference.
         """
         known = {name: value for name, value in values.items() if value is not None}
         if step < self.first_step:

@@ -17,22 +17,20 @@ from nearid_personalize.training.lora.adapters import PromptedDenoiser
 
 # --- saving ----------------------------------------------------------------------------------------------------------
 def adapter_arguments(name: str, model: Any) -> dict[str, Any]:
-    """Arguments of `save_lora_weights` for one model: its layers, and the configuration that carries alpha.
-
-    The layers keep peft's names: diffusers looks at the first key alone to tell the naming scheme, and the mixed names
-    that `convert_state_dict_to_diffusers` gives a UNet with convolutions make it skip the attention layers silently.
-    Dropout is not told: layers that a pipeline loads start in training mode, so it would go on dropping.
-    """
+    """Arguments of `save_lora_weights` for one model: its layers, and the configuration that carries alpha."""
+    # A pipeline loads layers in training mode: with their dropout it would go on dropping
     config = {**model.peft_config["default"].to_dict(), "lora_dropout": 0.0}
     metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    # With peft's names: diffusers tells the naming scheme from the first key alone, and of the mixed names that
+    # `convert_state_dict_to_diffusers` gives a UNet with convolutions it would skip the attention layers silently
     layers = get_peft_model_state_dict(model)
     return {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": metadata}
 
 
 def save_lora(model: PromptedDenoiser, output: Path, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write `pytorch_lora_weights.safetensors` into the folder `output`, whole or not at all.
+    """Write `pytorch_lora_weights.safetensors` into `output`, whole or not at all.
 
-    metadata: what `read_metadata` gives back; any JSON. Its "token" is also stated as ModelSpec's trigger phrase.
+    metadata: any JSON, returned by `read_metadata`. Its "token" is also stated as ModelSpec's trigger phrase.
     """
     metadata = dict(metadata or {})
     arguments = adapter_arguments(model.family.denoiser_name, model.denoiser)

@@ -1,9 +1,8 @@
-"""Training what does not fit one accelerator: the frozen weights sharded over the processes, the LoRA in each.
+"""FSDP for the frozen weights: they are sharded over the processes, the LoRA stays whole in each.
 
-When `accelerate launch` is told to use FSDP, torch's `fully_shard` (FSDP2; Zhao et al. 2023, arXiv:2304.11277) splits
-the denoiser's frozen weights, which are nearly all there are, and gathers them a block at a time. The LoRA is small and
-stays whole in every process, its gradients averaged before each step. So optimizer, average, checkpoints and files are
-those of any other run; accelerate's own FSDP would shard the LoRA too, and write the base model into every checkpoint.
+torch's `fully_shard` (Zhao et al. 2023, arXiv:2304.11277) splits the denoiser's frozen weights and gathers them a
+block at a time. The LoRA's gradients are averaged before each step, so that optimizer, checkpoints and files are
+those of any other run.
 """
 
 import os
@@ -35,7 +34,7 @@ REQUESTED = "ACCELERATE_USE_FSDP"  # how `accelerate launch` hands its configura
 def requested_sharding() -> Iterator[FullyShardedDataParallelPlugin | None]:
     """Lend the FSDP part of `accelerate launch`'s configuration, None without; inside, accelerate does no FSDP itself.
 
-    Raises InputError for a configuration that is not about what is sharded here.
+    Raises InputError for settings that have no meaning here.
     """
     if not str_to_bool(os.environ.get(REQUESTED, "false")):
         yield None
@@ -52,11 +51,7 @@ def requested_sharding() -> Iterator[FullyShardedDataParallelPlugin | None]:
 
 
 def shard_frozen(denoiser: ModelMixin, device: torch.device, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Leave each process its share of the frozen weights, on `device`; trained parameters go there whole.
-
-    Gathered together: the blocks that diffusers declares as not to be split, then the rest. Of the plugin,
-    `reshard_after_forward` is heeded.
-    """
+    """Leave each process its share of the frozen weights on `device`; trained parameters go there whole."""
     trained = {parameter for parameter in denoiser.parameters() if parameter.requires_grad}
     denoiser.to(memory_format=torch.contiguous_format)  # no other can be sharded
     for parameter in trained:
@@ -90,7 +85,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerat
 def lead(denoiser: nn.Module) -> Iterator[None]:
     """In the main process: have the others `follow` each call of a sharded denoiser, which needs their shares.
 
-    Raises InputError where a call is tried again that failed half-way, for want of memory: the others are still in it.
+    Raises InputError where a call that ran out of memory is tried again: the others are still in it.
     """
     under_way = False
 

@@ -1,14 +1,10 @@
-"""Identity as validation: what a LoRA in training draws is scored, the best checkpoint kept, the training stopped.
+"""Identity as validation: pictures of a LoRA in training are scored, the best checkpoint is kept, training stops early.
 
-Loss does not say which checkpoint is the subject; the pictures do. Every so many steps the same seeds and prompts are
-drawn and measured (`samples`): identity against the references, beside it how alike the references are to each other,
-adherence to the prompts, copies of references, diversity. What the base model draws without the LoRA comes first, as
-step 0: the floors are set from it. How much is drawn, and how often, is planned before the first training step
-(`validation_plan`). The checkpoint kept is the best by identity among those that pass the floors.
+Every validation draws the same seeds and prompts and measures them (`lora.samples`). Step 0 is the base model, from
+which the floors are set. The checkpoint kept is the one with the highest identity that passes the floors.
 
-All that is known lies in OUTPUT/validation.jsonl, one line a validation, the plan in the first; so an interrupted run
-goes on from there: a step that has its line is not drawn again, and no step has two. A kept LoRA is written before the
-line that says so.
+OUTPUT/validation.jsonl has a line for each validation, the plan in the first. A resumed run draws no step again that
+has its line. A kept LoRA is written before its line.
 """
 
 import json
@@ -149,11 +145,7 @@ def without_word(prompt: str, word: str) -> str:
 # --- the validation --------------------------------------------------------------------------------------------------
 @dataclass
 class IdentityValidation:
-    """The `validate` of `train_lora`: called with a `Snapshot`, False once patience is out.
-
-    `train_lora` asks it to `plan` first; afterwards `finish` puts the kept checkpoint in its place. Made by `open`.
-    clock: tells seconds. spent: seconds of all validations so far, and of measuring what they cost.
-    """
+    """The `validate` of `train_lora`: called with a `Snapshot`, returns False once patience is out. Made by `open`."""
 
     options: LoraOptions
     validation: ValidationOptions
@@ -165,8 +157,10 @@ class IdentityValidation:
     loss_pictures: list[Picture]
     journal: Journal
     clock: Callable[[], float] = time.perf_counter
+    """Tells seconds."""
     started: float = 0.0
     spent: float = 0.0
+    """Seconds of all validations so far, and of measuring what they cost."""
     writer: Any = None
 
     @classmethod
@@ -215,10 +209,10 @@ class IdentityValidation:
     # --- before the first step
 
     def plan(self, snapshot: Snapshot, training_step: float) -> tuple[int, ...]:
-        """Begin the run, or go on with it; the steps to be called after. Called once, by the main process.
+        """Begin the run, or go on with it; returns the steps to validate. Called once, by the main process.
 
-        training_step: seconds of an optimizer step. A fresh run removes what an earlier one left, measures what a
-        validation costs, and the base model. A resumed one keeps the plan of its journal.
+        training_step: seconds of an optimizer step. A fresh run deletes an earlier run's files and measures the base
+        model; a resumed one keeps its plan.
         """
         self.begin()
         if self.journal.records:
@@ -402,10 +396,8 @@ class IdentityValidation:
         return Limits.from_base(self.journal.records[0], self.validation).floors
 
     def finish(self) -> Record | None:
-        """Put the checkpoint to keep into OUTPUT; returns its record, None where it is the last one.
-
-        A checkpoint that was not measured never loses to one that was. To be called once training is done, by the main
-        process.
+        """Put the checkpoint to keep into OUTPUT once training is done; returns its record, None where it is the
+        last one.
         """
         if self.writer:
             self.writer.close()
@@ -443,10 +435,7 @@ def check_comparable(records: Sequence[Record], now: Mapping[str, Any]) -> None:
 
 
 def attempted(work: Callable[[], None], what: str) -> bool:
-    """Do `work` unless memory runs out in it, which is said; whether it was done.
-
-    With several processes the error is raised: the others may be in the middle of the same call.
-    """
+    """Do `work`; returns False where memory ran out, and says so. With several processes the error is raised."""
     try:
         work()
     except RuntimeError as error:  # on a CPU, running out of memory is just that

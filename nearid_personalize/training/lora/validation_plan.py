@@ -1,9 +1,8 @@
-"""How often a LoRA in training is validated, and with how many pictures, so that it stays within its share of the run.
+"""How often a LoRA in training is validated, and with how many pictures, within a share of the run's time.
 
-Every validation of a run draws the same prompts, seeds and denoising steps, so that checkpoints can be compared.
-What one costs is measured before the first training step. Whatever does not fit the budget is then given up in a fixed
-order (`ORDER`), and as many validations as can be paid are spaced evenly over the run. The last step always has one,
-whatever it costs. All functions here are pure; times are in seconds.
+Every validation draws the same, so that checkpoints can be compared. Its cost is measured before the first training
+step. What does not fit the budget is cut in a fixed order (`ORDER`). The last step is always validated. Pure; times
+in seconds.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,16 +37,16 @@ class Size:
 
 @dataclass(frozen=True)
 class Cost:
-    """Measured seconds.
-
-    fixed: of a validation, whatever it draws. picture: of decoding and scoring one picture. denoising_step: of one
-    picture. training_step: of one optimizer step.
-    """
+    """Measured seconds."""
 
     fixed: float
+    """Of a validation, whatever it draws."""
     picture: float
+    """Of decoding and scoring one picture."""
     denoising_step: float
+    """Of one picture."""
     training_step: float
+    """Of one optimizer step."""
 
     def of(self, size: Size) -> float:
         """Seconds of one validation."""
@@ -56,20 +55,21 @@ class Cost:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the user asked for.
-
-    steps: after which to validate; the last is the run's last. budget: largest share of the run's time, in (0, 1].
-    patience: as the option. least: fewest validations that will do. done: training steps that lie behind.
-    """
+    """What the user asked for."""
 
     steps: tuple[int, ...]
+    """After which to validate; the last is the run's last."""
     prompts: tuple[str, ...]
     seeds: int
     denoising_steps: int
     budget: float
+    """Largest share of the run's time, in (0, 1]."""
     patience: int = 0
+    """As the option."""
     least: int = 1
+    """Fewest validations that will do."""
     done: int = 0
+    """Training steps already taken."""
 
     @property
     def size(self) -> Size:
@@ -91,18 +91,18 @@ class Wanted:
 
 @dataclass(frozen=True)
 class ValidationPlan:
-    """What the validations of a run draw, and when.
-
-    steps: training steps that are validated, besides the base model. prompts: that are drawn, each from seeds 0, 1, ….
-    seconds: predicted, of one validation. share: predicted, of all of them in the run's time.
-    """
+    """What the validations of a run draw, and when."""
 
     steps: tuple[int, ...]
+    """Training steps that are validated, besides the base model."""
     prompts: tuple[str, ...]
+    """Each drawn from seeds 0, 1, …."""
     seeds: int
     denoising_steps: int
     seconds: float
+    """Predicted, of one validation."""
     share: float
+    """Predicted, of all of them in the run's time."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -123,9 +123,9 @@ def asked_steps(every: int, steps: int) -> tuple[int, ...]:
 
 
 def plan_validations(wanted: Wanted, cost: Cost, spent: float = 0.0) -> ValidationPlan:
-    """Fit what is wanted to the budget; where not even the smallest fits, that, after the last step alone.
+    """Fit what is wanted to the budget; where nothing fits, the smallest validation after the last step alone.
 
-    spent: seconds already taken by the measurement. The base model's pictures cost what any validation costs.
+    spent: seconds taken so far. The base model's pictures cost what any validation costs.
     """
     size = fitted(wanted, cost, spent)
     plan = ValidationPlan(
@@ -140,9 +140,9 @@ def plan_validations(wanted: Wanted, cost: Cost, spent: float = 0.0) -> Validati
 
 
 def spaced(plan: ValidationPlan, wanted: Wanted, training_step: float, seconds: float, spent: float) -> ValidationPlan:
-    """The same pictures, at as many steps as can still be paid, evenly spaced.
+    """The same pictures at as many steps as can still be paid, evenly spaced.
 
-    seconds: of one validation. spent: what all before the first took, the base model's included.
+    seconds: of one validation. spent: so far, the base model included.
     """
     left = wanted.seconds_for(training_step) - spent
     steps = wanted.steps

@@ -28,9 +28,8 @@ class Limits:
 
     @classmethod
     def from_base(cls, base: Record, options: "ValidationOptions") -> "Limits":
-        """From the record of step 0.
-
-        A base model that shows the prompts no better than the reference photos do sets no floor on adherence.
+        """The limits that the record of step 0 sets. No floor on adherence where the base model does no better than
+        the photos.
         """
         own, photos, diversity = base["adherence"], base["adherence_of_references"], base["diversity"]
         leads = own is not None and own > photos
@@ -89,10 +88,7 @@ def headline(record: Record) -> str:
 
 
 def verdict(record: Record, records: Sequence[Record]) -> str:
-    """What to say of a checkpoint beside its figures: why it is refused, or where it stands; "" for nothing.
-
-    records: all so far, the base model's first, `record` among them.
-    """
+    """Why a checkpoint is refused, or where it stands; "" for nothing. records: all so far, the base model's first."""
     if record["refused"] or not record["step"]:
         return record["refused"]
     base = records[0]["identity"]
@@ -111,7 +107,9 @@ class Journal:
 
     @classmethod
     def read(cls, path: Path) -> "Journal":
-        """The journal of a file, empty where there is none; a last line cut short by a kill is dropped, there too."""
+        """The journal of a file, empty where there is none. A last line cut short by a kill is dropped from the file
+        too.
+        """
         journal = cls(path)
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
