@@ -59,11 +59,9 @@ _RELEASED_FIELDS = (
 
 # --- finding and reading ---------------------------------------------------------------------------------------------
 def checkpoint_folder(name_or_folder: str | Path) -> Path:
-    """The local folder of a checkpoint: a folder itself, or a Hub id (owner/name, owner/name@revision), downloaded
-    unless it is in the cache.
+    """The local folder of a checkpoint: the folder itself, or that of a Hub id (owner/name, owner/name@revision).
 
-    Raises InputError when a folder lacks config.json or weights (model.safetensors, or a head's), or the Hub id cannot
-    be had.
+    Raises InputError when config.json or weights are missing, or the Hub id cannot be had.
     """
     folder = Path(name_or_folder)
     if not folder.is_dir():
@@ -128,10 +126,7 @@ def _download(repository: str) -> Path:
 def trunk_fingerprint(model: "NearIDModel") -> str:
     """SHA-256, in hex, over the trunk's tensors in the order of their names: name, shape, values as float16.
 
-    Names are the loaded module's, so neither a file's spelling nor its sharding matters; float16, because that is how
-    copies of float32 trunks are published, and rounding is the same wherever it is done.
-
-    Raises InputError for a bfloat16 trunk, whose values were rounded otherwise: load it in float32.
+    Independent of a file's spelling and sharding. Raises InputError for a bfloat16 trunk: load it in float32.
     """
     return weights_fingerprint(model.trunk_state())
 
@@ -142,7 +137,7 @@ def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         if tensor.dtype == torch.bfloat16:
             raise InputError("trunk: held in bfloat16, which has no comparable fingerprint; load it in float32")
-        values = tensor.detach().to("cpu", torch.float16).contiguous()
+        values = tensor.detach().to("cpu", torch.float16).contiguous()  # as copies of float32 trunks are published
         digest.update(f"{name} {list(values.shape)}\n".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()
@@ -151,7 +146,7 @@ def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def save_head(model: "NearIDModel", folder: str | Path, trunk: str, preprocessing: Preprocessing) -> None:
     """Write the head alone: head.safetensors, config.json and preprocessor_config.json, each whole or not at all.
 
-    trunk: the Hub id or folder by which `load_encoder` is to find the trunk again; stored with its fingerprint.
+    trunk: Hub id or folder where `load_encoder` finds the trunk again; stored with its fingerprint.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,12 +197,10 @@ def _read_head(folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 def export_released_layout(
     model: "NearIDModel", folder: str | Path, preprocessing: Preprocessing, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write a whole model as `Aleksandar/nearid-siglip2` is laid out, so that its authors' own class reads it.
+    """Write a model as `Aleksandar/nearid-siglip2` is laid out, for its authors' own class.
 
-    Keys are `backbone.vision_model.*`, in `dtype` (theirs: float16); config.json has their fields, but no `auto_map`:
-    it would point to code that is not in the folder.
-
-    Raises InputError for trunks that the layout has no place for: all but SigLIP's with its own head.
+    Keys are `backbone.vision_model.*`, in `dtype` (theirs: float16). Raises InputError for trunks other than
+    SigLIP's with its own head.
     """
     trunk = model.config.vision_config
     if trunk.model_type != _RELEASED_TRUNK or not getattr(trunk, "vision_use_head", True):
@@ -237,12 +230,11 @@ def load_encoder(
 ) -> tuple[NearIDModel, Preprocessing, Path]:
     """A NearID checkpoint, a head alone, or a bare trunk; its preprocessing; its local folder.
 
-    A bare trunk gets the head that training starts from: SigLIP's own, for CLIP and DINO one that gives the mean token.
-    A head alone (see `checkpoints.save_head`) is put on the trunk that it names, or on `trunk` where that is given.
-    dtype: of the trunk; the head is in float32.
+    A bare trunk gets the head that training starts from: SigLIP's own, else one that gives the mean token. A head alone
+    is put on the trunk that it names, or on `trunk`. dtype: of the trunk; the head is in float32.
 
-    Weights are read from safetensors only and no code comes with them. Raises InputError when the checkpoint cannot
-    be found, is of another kind, cannot be read, leaves weights of the model unset, or when head and trunk differ.
+    Safetensors only, no remote code. Raises InputError for a checkpoint that cannot be found or read, is of another
+    kind or incomplete, or whose head and trunk differ.
     """
     folder = checkpoint_folder(name_or_folder)
     if holds_head_alone(folder):

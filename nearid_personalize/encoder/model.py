@@ -1,11 +1,10 @@
-"""NearIDModel: a frozen vision trunk and the attention-pooling head that makes an identity embedding of its tokens.
+"""NearIDModel: a frozen vision trunk, and an attention-pooling head that makes an identity embedding of its tokens.
 
-For SigLIP trunks the layout is the released one (NearID, Cvejic et al., arXiv 2604.01973): the trunk's own multi-head
-attention pooling (MAP), read after the post-layernorm and trained further, then L2 normalisation. Trunks without such a
-head get one beside them. Importing this module registers `model_type="nearid"` with transformers' auto classes, so
-`AutoModel.from_pretrained(folder)` needs no remote code.
+SigLIP trunks have the released layout (NearID, Cvejic et al., arXiv 2604.01973): their own attention pooling, trained
+further, then L2 normalisation. Other trunks get a head beside them. Importing this module registers
+`model_type="nearid"` with transformers' auto classes.
 
-Shape letters: N images, T tokens, D width, H and W pixels.
+Letters: N images, T tokens, D width, H and W pixels.
 """
 
 from dataclasses import dataclass
@@ -29,11 +28,10 @@ DEFAULT_TRUNK = "siglip_vision_model"
 
 
 class NearIDConfig(PretrainedConfig):
-    """A trunk's own configuration and what is made of its tokens.
+    """A trunk's own configuration, and what is made of its tokens.
 
-    vision_config: the trunk's config, or its dict; one of `trunks.TRUNK_TYPES`, and SigLIP's without a `model_type`.
-    embed_dim: width of the embedding; the trunk's hidden size, as the MAP head keeps it.
-    normalize_embeddings: whether `image_embeds` have unit length.
+    vision_config: the trunk's config or its dict, one of `trunks.TRUNK_TYPES`; without a `model_type` SigLIP's.
+    embed_dim: width of the embedding. normalize_embeddings: whether `image_embeds` have unit length.
     """
 
     model_type = "nearid"
@@ -76,11 +74,10 @@ class NearIDOutput(ModelOutput):
 
 
 class NearIDModel(PreTrainedModel):
-    """`backbone`, the trunk, and its head -> identity embedding.
+    """`backbone`, the trunk, and its head -> identity embedding, normalised in float32.
 
-    The head is the trunk's own where it has one, at `backbone.head`, and else a `MeanPoolingHead` at `pooling_head`.
-    Loads both spellings of the released keys: `backbone.vision_model.*` and `backbone.*`. In half precision
-    `from_pretrained` keeps the head in float32; embeddings are always normalised in float32.
+    The head is `backbone.head` where the trunk has one, else a `MeanPoolingHead` at `pooling_head`; float32 in
+    `from_pretrained`. Loads both released spellings of keys: `backbone.vision_model.*` and `backbone.*`.
     """
 
     config_class = NearIDConfig
@@ -123,11 +120,8 @@ class NearIDModel(PreTrainedModel):
         return self.backbone.head if hasattr(self.backbone, "head") else self.pooling_head
 
     def reset_head(self) -> "NearIDModel":
-        """Give up what the head has learnt, the trunk's own included: random weights from torch's generator.
-
-        A head that starts as its trunk's own first has to forget what that one pools for: on the mini-world a random
-        one got further in the same steps (docs/LOG.md).
-        """
+        """Give the head random weights from torch's generator, the trunk's own head included."""
+        # A head that starts as its trunk's own has to forget first; a random one got further (docs/LOG.md)
         if isinstance(self.head, MeanPoolingHead):
             self.head.reset()
         else:
@@ -145,20 +139,15 @@ class NearIDModel(PreTrainedModel):
         return self
 
     def cast_trunk(self, dtype: torch.dtype) -> "NearIDModel":
-        """Hold the trunk's parameters in `dtype`, the head in float32.
-
-        Buffers stay as they are: DINOv3's rotary frequencies, rounded, would turn every position wrongly.
-        """
+        """Hold the trunk's parameters in `dtype`, the head in float32."""
+        # Buffers stay as they are: DINOv3's rotary frequencies, rounded, would turn every position wrongly
         for parameter in self.backbone.parameters():
             parameter.data = parameter.data.to(dtype)
         self.head.float()
         return self
 
     def tokens(self, pixel_values: Tensor) -> Tensor:
-        """[N,3,H,W] normalised pixels -> [N,T,D]: the last layer's tokens after the final norm.
-
-        Which tokens, family by family, is told in `trunks`: the class token, where there is one, and the patches.
-        """
+        """[N,3,H,W] normalised pixels -> [N,T,D]: the last layer's tokens after the final norm, see `trunks`."""
         return read_tokens(self.backbone, pixel_values)
 
     def pool(self, tokens: Tensor) -> Tensor:
@@ -166,18 +155,14 @@ class NearIDModel(PreTrainedModel):
         return self._embed(self._pool_raw(tokens))
 
     def frozen_pool(self, tokens: Tensor) -> Tensor:
-        """[N,T,D] -> [N,D] float32, unit length: the trunk's own pooled output, which a trained head is compared with.
+        """[N,T,D] -> [N,D] float32, unit length: the trunk's own pooled output, the baseline of a trained head.
 
-        That is the class token where there is one (CLIP, DINO), whatever the head has learnt. SigLIP's is its head's:
-        call this on the model as it was loaded, for once trained it is no baseline any more.
+        The class token where there is one (CLIP, DINO). SigLIP's is its head's: no baseline once that is trained.
         """
         return self._embed(tokens[:, 0]) if has_class_token(self.config.vision_config) else self.pool(tokens)
 
     def mean_pool(self, tokens: Tensor) -> Tensor:
-        """[N,T,D] -> [N,D] float32, unit length: the mean patch token, the class token left out; no head is used.
-
-        The paper's DreamBench++ column measures its frozen SigLIP2 so.
-        """
+        """[N,T,D] -> [N,D] float32, unit length: the mean patch token, as in the paper's DreamBench++ column."""
         first_patch = 1 if has_class_token(self.config.vision_config) else 0
         return self._embed(tokens[:, first_patch:].float().mean(dim=1))
 

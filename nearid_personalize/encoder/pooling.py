@@ -1,7 +1,6 @@
 """Attention pooling (MAP): one learned query, the probe, reads a picture's tokens into one vector.
 
-The head is SigLIP's own module, so that released weights fit; `attention_pool` computes it with far less work.
-Shape letters: N images, T tokens, D width.
+The head is SigLIP's own module, so that released weights fit. Letters: N images, T tokens, D width.
 """
 
 import torch
@@ -12,14 +11,9 @@ from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionP
 
 
 class MeanPoolingHead(SiglipMultiheadAttentionPoolingHead):
-    """The head of a trunk that has none of its own: as SigLIP's, but starting as the mean token.
+    """A head for trunks that have none: laid out as SigLIP's, starting as the mean token.
 
-    A faint probe attends to all tokens nearly alike, values and output are the identity, and the MLP branch ends in
-    zeros: so the untrained embedding is the mean token, known and the same for every seed, where a random head mixes
-    the channels. Every weight still gets a gradient within two steps.
-
-    Args:
-        width: D, of the trunk's tokens. num_heads: the trunk's; it divides `width`. The MLP is 4 D wide.
+    width: D, of the trunk's tokens. num_heads: the trunk's; divides `width`. The MLP is 4 D wide.
     """
 
     def __init__(self, width: int, num_heads: int) -> None:
@@ -29,6 +23,8 @@ class MeanPoolingHead(SiglipMultiheadAttentionPoolingHead):
 
     def reset(self) -> None:
         """Start anew; through `initialization`, which leaves alone what was loaded from a file."""
+        # The mean token, whatever the seed: a faint probe attends to all tokens alike, values and output are the
+        # identity, the MLP ends in zeros. Every weight gets a gradient within two steps
         attention, width = self.attention, self.probe.shape[-1]
         query_and_key = nn.init.xavier_uniform_(torch.empty(2 * width, width))
         init.normal_(self.probe, std=0.02)
@@ -44,9 +40,8 @@ class MeanPoolingHead(SiglipMultiheadAttentionPoolingHead):
 def attention_pool(head: SiglipMultiheadAttentionPoolingHead, tokens: Tensor) -> Tensor:
     """`head(tokens)`, [N,T,D] -> [N,D], reordered: equal up to rounding, with about D / (2 * heads) times less work.
 
-    There is one query, the probe. So its logits are tokens @ (W_k^T q), and the values' projection commutes with the
-    weighted mean over tokens: neither keys nor values are ever formed. (The keys' bias shifts all logits alike.)
-    SigLIP2's head, of another class, has the same parts.
+    With one query, logits are tokens @ (W_k^T q), and the values' projection commutes with the weighted mean over
+    tokens: keys and values are never formed. The keys' bias shifts all logits alike.
     """
     attention = head.attention
     heads, width = attention.num_heads, tokens.shape[-1]

@@ -24,9 +24,7 @@ _PILLOW_FILTERS: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
 class Preprocessing:
     """Pictures are squashed to size x size pixels, then (x - mean) / std per channel, for pixels in [0, 1].
 
-    Every family's pictures are squashed, those of CLIP and DINOv2 too: their own processors cut off what lies outside
-    the central square, and with it a subject that stands at the side. A square picture gives what they give, up to
-    the one eighth margin that DINOv2's cuts off even there. NaFlex trunks get a square grid for the same simplicity.
+    CLIP's and DINOv2's own processors crop the centre instead, which cuts off a subject at the side.
     """
 
     size: int

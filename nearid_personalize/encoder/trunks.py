@@ -1,19 +1,15 @@
 """The vision trunks an encoder can stand on, and which of their tokens it reads.
 
-One rule for all: the last layer's tokens after the trunk's final norm; the class token first where there is one, then
-the patches in reading order. The class token is kept because CLIP and DINO are trained through it; registers are
-dropped, because trunks park there what belongs to no place and nothing downstream is trained to read it.
+The last layer's tokens after the trunk's final norm: the class token where there is one, then the patches in reading
+order. Registers are dropped. CLIP applies its final norm to the class token alone; here all tokens go through it.
 
-| model_type | tokens | the trunk's own pooled output |
-|---|---|---|
-| siglip_vision_model (SigLIP, SigLIP2 fixed) | patches | its attention-pooling head |
-| siglip2_vision_model (SigLIP2 NaFlex) | patches of a square grid | its attention-pooling head |
-| clip_vision_model | class, patches | class token |
-| dinov2, dinov2_with_registers, dinov3_vit | class, patches | class token |
+    model_type                                   tokens                      the trunk's own pooled output
+    siglip_vision_model (SigLIP, SigLIP2 fixed)  patches                     its attention-pooling head
+    siglip2_vision_model (SigLIP2 NaFlex)        patches of a square grid    its attention-pooling head
+    clip_vision_model                            class, patches              class token
+    dinov2, dinov2_with_registers, dinov3_vit    class, patches              class token
 
-CLIP applies its final norm to the class token alone; here all tokens go through it.
-
-Shape letters: N images, T tokens, D width, P patches, p pixels of a patch's side.
+Letters: N images, T tokens, D width, P patches, p pixels of a patch's side.
 """
 
 from collections.abc import Callable
@@ -49,7 +45,7 @@ def _clip(trunk: PreTrainedModel, pixel_values: Tensor) -> Tensor:
 
 def _dino(trunk: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     tokens = trunk(pixel_values).last_hidden_state  # class, registers, patches
-    registers = getattr(trunk.config, "num_register_tokens", 0)
+    registers = getattr(trunk.config, "num_register_tokens", 0)  # belong to no place in the picture
     return torch.cat([tokens[:, :1], tokens[:, 1 + registers :]], dim=1) if registers else tokens
 
 

@@ -98,17 +98,10 @@ def _unit(features: Any) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class AdherenceFloor:
-    """Refuses pictures that do not show the prompt, by any text-image model.
+    """Refuses pictures that do not show the prompt, by a text-image model.
 
-    A cosine of picture and prompt means little by itself: its level differs from model to model and prompt to prompt.
-    So it is measured against what a picture that ignores the prompt would reach, and the floor is on the lead:
-
-    contrasts: texts that must fit worse than the prompt does, as "a photo of a dog", or the same in other places.
-    references [R,D]: embedded photos of the subject; the picture must fit the prompt better than they do. Leave out
-    photos that show the prompted scene already. The weaker rival of the two: a picture elsewhere may beat them by
-    chance, so ask for a lead (benchmarks/quality_floor.py measures both).
-    floor: the smallest lead over the best-fitting contrast or reference that passes; with neither, the smallest cosine.
-    text: stands for the prompt, where that has words the model never learnt, such as a rare token.
+    The level of a cosine differs by model and prompt. So the floor is on the lead over what a picture that ignores
+    the prompt would reach.
     """
 
     encoder: TextImageEncoder
@@ -128,7 +121,12 @@ class AdherenceFloor:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "AdherenceFloor":
-        """With contrasts or references the floor is 0 unless given; with neither it must be given.
+        """The floor of a checkpoint; 0 with contrasts or references unless given, without them it must be given.
+
+        contrasts: texts that must fit worse than the prompt, such as "a photo of a dog". references [R,D]: embedded
+        photos of the subject, without those of the prompted scene; the picture must fit the prompt better. floor: the
+        smallest lead over the best of these, else the smallest cosine. text: stands for the prompt where that has a
+        rare token.
 
         Raises InputError as `TextImageEncoder.from_pretrained` does, and without anything to set the floor by.
         """

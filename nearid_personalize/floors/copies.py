@@ -43,10 +43,9 @@ def thumbnails(images: Sequence[Image.Image]) -> Tensor:
 def copy_similarity(images: Tensor, originals: Tensor) -> Tensor:
     """Thumbnails [N,3,S,S], [M,3,S,S] -> [N,M] in [-1, 1]: how well a picture is explained as a copy of an original.
 
-    The picture's centre against windows of the original, of any of seven sizes, shifted and mirrored: the largest
-    normalised correlation of their colours (each channel less its mean). High only where the whole picture, subject,
-    pose and background, is the same up to a small crop or shift, a mirror, brightness, contrast and compression. Two
-    cut-outs on the same plain ground come close to it, too: their common silhouette is most of what there is.
+    The largest normalised correlation of the picture's centre with windows of the original of seven sizes, shifted
+    and mirrored. High only for the whole picture up to a small crop, a mirror, brightness, contrast and compression,
+    and for two cut-outs on the same plain ground.
     """
     centre = F.affine_grid(torch.tensor([[[_KEPT, 0, 0], [0, _KEPT, 0]]]), [1, 3, _COMPARED, _COMPARED], False)
     grid = F.affine_grid(_window_placements(), [2 * len(_SIZES) * _STEPS**2, 3, _COMPARED, _COMPARED], False)
@@ -71,10 +70,7 @@ def _pattern(image: Tensor, grid: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class CopyFloor:
-    """Refuses pictures that repeat a reference photo, so that identity is not bought by copying.
-
-    originals: thumbnails [R,3,S,S] of the references. limit: the smallest similarity, in [-1, 1], that is a copy.
-    """
+    """Refuses pictures that repeat a reference photo. limit: the smallest similarity, in [-1, 1], that is a copy."""
 
     originals: Tensor
     limit: float = COPY_LIMIT
@@ -104,10 +100,7 @@ def copy_rate(images: Sequence[Image.Image], references: Sequence[Image.Image], 
 
 
 def near_duplicates(images: Sequence[Image.Image], order: Sequence[int], limit: float = COPY_LIMIT) -> list[int | None]:
-    """For each picture the better one that it repeats, or None: of every group of copies the best stays.
-
-    order: indices of the pictures, best first; those left out are nobody's copy and nobody copies them.
-    """
+    """For each picture the better one that it repeats, or None. order: indices, best first; others are no copies."""
     small = thumbnails(images)
     copies = copy_similarity(small, small) >= limit  # [N,N]
     kept: list[int] = []

@@ -1,9 +1,6 @@
-"""What identity cannot see: is it a picture at all, does it show the prompt, is it a copy of a reference photo.
+"""The quality floor: is it a picture at all, whatever it shows.
 
-Each floor judges finished pictures: `judge(images, prompt)` gives one reason per picture, "" for those that pass.
-`near_duplicates` finds copies among the candidates themselves. Copies are told from pixels, the rest from encoders.
-
-Shape letters: N pictures, M others, R references, T tokens, D width, S side in pixels.
+Letters: N pictures, T tokens, D width.
 """
 
 import json
@@ -40,9 +37,9 @@ _SAME_TRUNK = 0.999  # cosine of answers to the same picture: float types differ
 
 
 class QualityProbe(nn.Module):
-    """A trunk's tokens -> is this a picture? Every token is read alone, then their mean and their maximum decide.
+    """A trunk's tokens -> a logit of being a good picture, from the mean and maximum of what each token is read as.
 
-    width: D of the tokens. hidden: how many things are read from each.
+    width: D of the tokens. hidden: features read from each.
     """
 
     def __init__(self, width: int, hidden: int = 48) -> None:
@@ -121,11 +118,10 @@ class QualityFloor:
     ) -> "QualityFloor":
         """The floor beside a NearID checkpoint: folder, Hub id, or "miniworld".
 
-        scorer: the scorer made of the same checkpoint, so that its model is not loaded twice.
-        threshold: the measured one unless given; higher is stricter.
+        scorer: of the same checkpoint, so that its model is not loaded twice. threshold: the measured one unless given;
+        higher is stricter.
 
-        Raises InputError when there is no such file (see `find_quality_floor`), it cannot be read, or it belongs to
-        another trunk.
+        Raises InputError when there is no such file, it cannot be read, or it belongs to another trunk.
         """
         folder = _quality_folder(name_or_folder)
         path = folder / QUALITY_FILE

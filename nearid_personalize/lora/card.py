@@ -1,8 +1,7 @@
 """A finished LoRA's report card: how often it draws its subject, by prompt, scale and checkpoint.
 
-Every checkpoint is drawn at every scale with the same prompts and seeds, and once without a LoRA for comparison. Each
-picture is judged as the guard judges candidates: identity at the subject's threshold, and what floors there are. Of a
-share p of accepted pictures, 1 / p candidates are needed for each. Pictures are kept small, as they are shown.
+Every checkpoint is drawn at every scale from the same prompts and seeds, and once without a LoRA. Pictures are
+judged as the guard judges candidates: identity at the subject's threshold, then floors.
 """
 
 import base64
@@ -46,14 +45,17 @@ Interval: TypeAlias = tuple[float, float]
 # --- what is measured ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class Shot:
-    """One picture. score: cosine in [-1, 1]. reason: why it was not accepted, "" when it was. jpeg: its thumbnail."""
+    """One picture."""
 
     prompt: str
     seed: int
     score: float
+    """Cosine in [-1, 1]."""
     reason: str
+    """Why it was not accepted, "" when it was."""
     copied: bool
     jpeg: bytes = field(repr=False)
+    """Its thumbnail."""
 
     @property
     def accepted(self) -> bool:
@@ -73,16 +75,16 @@ class Shot:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One checkpoint at one scale: shots in the order of prompts, then seeds.
-
-    adherence: mean cosine of pictures and prompts, None where not measured. diversity: as `SampleScores.diversity`.
-    """
+    """One checkpoint at one scale."""
 
     checkpoint: str
     scale: float
     shots: tuple[Shot, ...]
+    """In the order of prompts, then seeds."""
     adherence: float | None
+    """Mean cosine of pictures and prompts, None where not measured."""
     diversity: float
+    """As `SampleScores.diversity`."""
 
     @cached_property
     def identity(self) -> float:
@@ -138,20 +140,21 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class ReportCard:
-    """What a subject's LoRA draws. cells: of all checkpoints and scales. base: the same pictures without a LoRA.
-
-    reference_scores: each reference against the others, None for a lone one. threshold_note: how it came about.
-    """
+    """What a subject's LoRA draws."""
 
     subject_name: str
     cells: tuple[Cell, ...]
+    """Of all checkpoints and scales."""
     base: Cell
+    """The same pictures without a LoRA."""
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     threshold: float
     threshold_note: str
+    """How the threshold was set."""
     references: tuple[bytes, ...] = field(repr=False)
     reference_scores: tuple[float | None, ...]
+    """Each reference against the others, None for a lone one."""
 
     @cached_property
     def best(self) -> Cell:
@@ -249,8 +252,8 @@ def report_card(
 ) -> ReportCard:
     """Draw and judge every LoRA at every scale; `pipe` is as before afterwards.
 
-    loras: files by name, see `find_loras`; all are checked before the first is drawn. prompts: default_prompts of
-    `subject_name` unless given. num_seeds: pictures for each prompt, from seeds 0, 1, ...
+    loras: files by name, see `find_loras`. prompts: `default_prompts` of `subject_name` unless given. num_seeds:
+    pictures for each prompt, from seeds 0, 1, ...
 
     Raises InputError for a LoRA that does not fit `pipe`, and without LoRAs or scales.
     """

@@ -1,9 +1,6 @@
-"""Pictures that a LoRA draws of its subject, and what they are worth: identity, copies, adherence, diversity.
+"""Pictures that a LoRA draws of its subject, and their identity, copies, adherence and diversity.
 
-A grid of prompts times seeds is drawn once and measured as a whole: by the validation of a training run after so many
-steps, and by a report on a finished LoRA.
-
-Shape letters: P prompts, S seeds, R references.
+Letters: P prompts, S seeds, R references.
 """
 
 from __future__ import annotations
@@ -73,13 +70,10 @@ def draw_samples(
     max_batch_size: int = 8,
     **pipeline_kwargs: Any,
 ) -> list[list[Image.Image]]:
-    """Draw every prompt from every seed -> pictures [P][S].
+    """Draw every prompt from every seed -> pictures [P][S], each as the plain pipeline draws it with a CPU generator.
 
-    The picture of a prompt and a seed is the one that the plain pipeline draws with a CPU generator of that seed, up to
-    floating-point rounding, whatever is drawn beside it.
-
-    max_batch_size: pictures denoised together, >= 1; halved for a batch that does not fit into memory.
-    pipeline_kwargs: of the pipeline's call; a `negative_prompt` holds for all prompts.
+    max_batch_size: pictures denoised together, >= 1; halved for a batch that does not fit into memory. pipeline_kwargs:
+    of the pipeline's call; a `negative_prompt` holds for all prompts.
 
     Raises InputError without prompts or seeds, and for arguments that are the grid's own.
     """
@@ -111,19 +105,18 @@ def _draw(pipe: DiffusionPipeline, arguments: Mapping[str, Any], cells: Sequence
 # --- measuring -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class SampleScores:
-    """What a grid of pictures is worth.
-
-    identity: float [P,S], cosines in [-1, 1]. accepted: bool [P,S], identity reaches the subject's threshold. copied:
-    bool [P,S], repeats a reference photo. adherence: float [P,S], cosine of picture and prompt; None where no
-    text-image model was asked. diversity: mean over the prompts of `floors.diversity` among the seeds of one prompt, in
-    [0, 2], NaN for a single seed.
-    """
+    """Measures of a grid of pictures."""
 
     identity: Tensor
+    """Float [P,S], cosines in [-1, 1]."""
     accepted: Tensor
+    """Bool [P,S], identity reaches the subject's threshold."""
     copied: Tensor
+    """Bool [P,S], repeats a reference photo."""
     adherence: Tensor | None
+    """Float [P,S], cosine of picture and prompt; None without a text-image model."""
     diversity: float
+    """Mean of `floors.diversity` over prompts, in [0, 2]; NaN for a single seed."""
 
     @property
     def identity_mean(self) -> float:
@@ -168,8 +161,7 @@ def measure_samples(
 ) -> SampleScores:
     """Measure pictures [P][S] drawn for `prompts` against a subject and its reference photos.
 
-    prompts: what the pictures should show, for the text-image model; best without the LoRA's rare token, which that
-    model never learnt. references: the photos themselves, for telling copies.
+    prompts: for the text-image model, best without the rare token. references: photos, for telling copies.
 
     Raises InputError without pictures, for rows of different lengths, or one prompt too many or few.
     """

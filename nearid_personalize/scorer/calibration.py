@@ -1,13 +1,11 @@
 """Scores against several references, and accept thresholds with a stated false-accept rate.
 
-Scores are identity similarities: cosines in [-1, 1], larger = more alike. A picture is accepted when
-score >= threshold. Genuine scores are those of pictures of the subject itself, impostor scores those of other subjects.
-Shape letters: N pictures, R references, D width, B subjects of a bank, G genuine and K impostor pictures of each.
+Scores are cosines in [-1, 1], larger = more alike; a picture is accepted when score >= threshold. Genuine scores are of
+the subject itself, impostor scores of others. Letters: N pictures, R references, D width, B subjects of a bank, G
+genuine and K impostor pictures of each.
 
-The guarantee is that of split conformal prediction: among exchangeable scores every rank is as likely, so a threshold
-that leaves at least (1 - rate)(n + 1) of n known impostors below accepts a further one with probability <= rate,
-whatever the scores' distribution. It is a probability over the known impostors and the new one: a single threshold errs
-more or less often than stated, on average no more.
+Thresholds are set by split conformal prediction, which holds for any distribution of exchangeable scores. The rate
+holds on average over the known impostors and the new one, not for each single threshold.
 """
 
 import math
@@ -40,8 +38,7 @@ ROUNDING = 1e-9
 def aggregate(cosines: Tensor, likeness: Tensor, aggregation: Aggregation = "mean") -> Tensor:
     """Cosines of pictures with references [...,N,R], of references with each other [...,R,R] -> scores [...,N].
 
-    mean: the mean cosine over references; max: the cosine with the nearest; centroid: the cosine with the references'
-    mean, whose length is the root of their mean likeness.
+    centroid: the cosine with the references' mean.
     """
     if aggregation == "max":
         scores = cosines.amax(dim=-1)
@@ -71,12 +68,11 @@ def smallest_rate(num_subjects: int) -> float:
 def conformal_threshold(impostor: Tensor, false_accept_rate: float) -> float:
     """Impostor scores [B,K], K of each of B exchangeable subjects -> the smallest threshold that keeps the rate.
 
-    Accepts a picture of a further subject's impostor with probability <= false_accept_rate. With K = 1: just above the
-    ceil((1 - rate)(B + 1))-th smallest score (split conformal). With more, the scores of one subject depend on each
-    other: each then weighs 1 / K, and the further subject counts as K scores above all others (hierarchical conformal
-    prediction, Lee, Barber and Willett, arXiv 2306.06342), hence the ceil((1 - rate)(B + 1) K)-th smallest of B K.
+    Just above the ceil((1 - rate)(B + 1) K)-th smallest score. K = 1: split conformal. K > 1: hierarchical (Lee, Barber
+    and Willett, arXiv 2306.06342): each score weighs 1 / K, and the new subject counts as K scores above all others.
 
-    Raises InputError for a rate outside (0, 1) or below 1 / (B + 1); ValueError for scores that are not [B,K] or NaN.
+    Raises InputError for a rate outside (0, 1) or below 1 / (B + 1); ValueError for scores that are not [B,K] or
+    NaN.
     """
     if impostor.ndim != 2 or impostor.numel() == 0 or impostor.isnan().any():
         raise ValueError(f"impostor scores must be [B,K], at least one and none NaN, got {list(impostor.shape)}")
@@ -96,23 +92,20 @@ def conformal_threshold(impostor: Tensor, false_accept_rate: float) -> float:
 
 @dataclass(frozen=True)
 class ThresholdOrigin:
-    """How an accept threshold came about, and what to expect of it.
-
-    source: "negatives" given at enrolment, the "bank" shipped with the encoder, or "uncalibrated" (a rule of
-    thumb).
-    false_accept_rate: share in [0, 1] of impostors that it accepts at most, None when unknown. guaranteed: whether that
-    holds (on average, see the module) for impostors like those it was set on. num_negatives: how many independent ones
-    those were: pictures given, or bank subjects.
-    false_reject_rate: share in [0, 1] of genuine pictures it is expected to reject: what it rejects of `num_genuine`
-    known ones (the bank's, else the references, each against the others); None when none is known.
-    """
+    """How an accept threshold was set, and the error rates to expect."""
 
     source: Source = "uncalibrated"
+    """"negatives" given at enrolment, the "bank" of the encoder, or "uncalibrated" (a rule of thumb)."""
     false_accept_rate: float | None = None
+    """Largest share in [0, 1] of impostors accepted; None: unknown."""
     guaranteed: bool = False
+    """Whether that rate holds on average for impostors like those it was set on."""
     num_negatives: int = 0
+    """Independent impostors it was set on: pictures given, or bank subjects."""
     false_reject_rate: float | None = None
+    """Share in [0, 1] of the known genuine pictures that it rejects; None without any."""
     num_genuine: int = 0
+    """How many those are."""
 
     def __str__(self) -> str:
         if self.false_accept_rate is None:
@@ -128,16 +121,16 @@ class ThresholdOrigin:
 
 @dataclass(frozen=True, eq=False)
 class KnownScores:
-    """Scores against a subject's references, or the like of them, from which its thresholds are set.
-
-    impostor [B,K]: rows exchangeable with one another and with the impostors to come. genuine: any shape, may be empty.
-    source, guaranteed: see `ThresholdOrigin`.
-    """
+    """Scores that thresholds are set from."""
 
     source: Source
+    """See `ThresholdOrigin`."""
     impostor: Tensor
+    """[B,K], rows exchangeable with one another and with the impostors to come."""
     genuine: Tensor
+    """Any shape, may be empty."""
     guaranteed: bool = True
+    """See `ThresholdOrigin`."""
 
     def threshold_at(self, false_accept_rate: float) -> tuple[float, ThresholdOrigin]:
         """The threshold for a rate in (0, 1), and how it came about. Raises InputError, see `conformal_threshold`."""
@@ -159,20 +152,21 @@ class KnownScores:
 
 @dataclass(frozen=True, eq=False)
 class CalibrationBank:
-    """Known pairs of many subjects, from which a new subject's threshold is set: shipped with an encoder.
+    """Known pairs of many subjects, shipped with an encoder, from which a new subject's threshold is set.
 
-    It holds cosines, not scores, so that it serves every aggregation and every number of references up to its own: how
-    high impostors score depends on both. Its guarantee is for subjects, photos and pictures like the bank's.
-
-    likeness [B,R,R]: cosines among each subject's references; genuine [B,G,R], impostor [B,K,R]: of pictures of the
-    subject, and of its near-identities, with its references. false_accept_rate, aggregation: used when none is asked.
+    Cosines, not scores: a bank serves every aggregation, and any number of references up to its own.
     """
 
     likeness: Tensor
+    """[B,R,R], cosines among each subject's references."""
     genuine: Tensor
+    """[B,G,R], of pictures of the subject with its references."""
     impostor: Tensor
+    """[B,K,R], of near-identities with the subject's references."""
     false_accept_rate: float = DEFAULT_FALSE_ACCEPT_RATE
+    """Used when none is asked for."""
     aggregation: Aggregation = "mean"
+    """Used when none is asked for."""
 
     def __post_init__(self) -> None:
         shapes = [tensor.shape for tensor in self.tensors().values()]
@@ -218,7 +212,8 @@ class CalibrationBank:
         return genuine, impostor
 
     def known_scores(self, num_references: int, aggregation: Aggregation) -> KnownScores:
-        """What a new subject's threshold is set from. Beyond the bank's own number of references nothing is guaranteed:
-        the centroid of more photos is closer to any picture, an impostor's included."""
+        """What a new subject's threshold is set from; without a guarantee beyond the bank's own number of
+        references.
+        """
         genuine, impostor = self.scores(num_references, aggregation)
         return KnownScores("bank", impostor, genuine, guaranteed=num_references <= self.num_references)

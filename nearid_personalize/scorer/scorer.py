@@ -1,6 +1,6 @@
-"""IdentityScorer: how much pictures look like one subject, told by its reference photos.
+"""IdentityScorer: how much pictures look like one subject, known by its reference photos.
 
-Scores are cosines in [-1, 1], larger = more alike. Shape letters: N pictures, R references, D width.
+Letters: N pictures, R references, D width.
 """
 
 import os
@@ -50,13 +50,11 @@ class IdentityScorer:
 
     Args:
         model: any `NearIDModel`; moved to `device`, its trunk cast to `dtype` (the head stays float32).
-        image_size, image_mean, image_std: how its pictures are prepared: side in pixels, and per-channel values for
-            pixels in [0, 1].
-        calibration: what the accept threshold of enrolled subjects is set from; without one, and without negatives,
-            `uncalibrated_threshold` is used.
+        image_size, image_mean, image_std: side in pixels, and per-channel values for pixels in [0, 1].
+        calibration: what accept thresholds are set from; None: negatives, else `uncalibrated_threshold`.
         batch_size: pictures embedded at once.
         resample: the filter that resizes pictures.
-        compile_backend: a `torch.compile` backend, "inductor" as a rule; None: the model runs uncompiled.
+        compile_backend: a `torch.compile` backend, "inductor" as a rule; None: uncompiled.
     """
 
     def __init__(
@@ -89,11 +87,10 @@ class IdentityScorer:
         trunk: str | Path | None = None,
         compile_backend: str | None = None,
     ) -> "IdentityScorer":
-        """Load a checkpoint: a folder, a Hub id, or "miniworld", the built-in one for the toy world.
+        """Load a checkpoint: a folder, a Hub id, or "miniworld" for the toy world's.
 
-        A bare trunk works too and gives the frozen backbone's likeness, not identity: a SigLIP one through its own
-        pooling, a CLIP or DINO one through its mean token. `trunk` says where the trunk of a head saved alone is, when
-        it is not where it was. A `calibration.safetensors` beside the weights sets the accept threshold, see `enroll`.
+        A bare trunk gives its own likeness, not identity. trunk: where the trunk of a head saved alone is, if it has
+        moved. A `calibration.safetensors` beside the weights is read, see `enroll`.
 
         Raises InputError when the checkpoint cannot be found or read.
         """
@@ -122,13 +119,12 @@ class IdentityScorer:
 
     @torch.no_grad()
     def embed(self, images: Images, on_error: OnError | None = None) -> Tensor:
-        """Pictures -> float32 [N,D] of unit length, on the CPU, in the order given, whatever the batch size.
+        """Pictures -> float32 [N,D] of unit length, on the CPU, in order, whatever the batch size.
 
-        Threads decode while the model runs, and pictures are taken from `images` only as they are needed: at most three
-        batches of them are held, shrunk to what the model sees, so a generator of any length can be given.
+        Threads decode while the model runs, at most three batches ahead, so a generator of any length can be given.
 
-        on_error: called for each picture that cannot be read, whose row is then NaN; without it the first such picture
-        raises its InputError.
+        on_error: called for each picture that cannot be read, whose row is NaN; without it the first raises
+        InputError.
         """
         unreadable: list[int] = []
 
@@ -206,19 +202,16 @@ class IdentityScorer:
         negatives: Images | None = None,
         false_accept_rate: float | None = None,
     ) -> Subject:
-        """Reference photos -> Subject, with an accept threshold; `subject.origin` says what it is worth.
+        """Reference photos -> Subject, with an accept threshold; `subject.origin` has its error rates.
 
         Args:
             aggregation: the calibration's unless given, and "mean" without one.
-            negatives: pictures that are not the subject, best as near to it as those to be refused: of similar
-                subjects, or of its class, as made for prior preservation. At most a share `false_accept_rate` of
-                pictures like them is accepted; of nearer ones it may be far more. They come on top of the calibration
-                bank: the higher of the two thresholds is taken, so that easy ones do no harm. (Set `calibration` to
-                None to go by them alone.) Without either, `uncalibrated_threshold` is used.
-            false_accept_rate: share in (0, 1) of pictures that are not the subject. Default: the bank's, or .01; of
-                negatives too few to state it the smallest that they can, 1 / (n + 1).
+            negatives: pictures of similar subjects. At most a share `false_accept_rate` of pictures like them is
+                accepted. With a calibration bank too, the higher of the two thresholds is taken.
+            false_accept_rate: share in (0, 1) of pictures that are not the subject. Default: the bank's, or 0.01; of
+                too few negatives the smallest that they can state, 1 / (n + 1).
 
-        Raises InputError when the rate asked for takes more negatives, or the bank more subjects, than there are.
+        Raises InputError when the rate asked for takes more negatives, or bank subjects, than there are.
         """
         return self.enroll_embeddings(self.embed(photos), aggregation, negatives, false_accept_rate)
 

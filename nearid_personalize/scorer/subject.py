@@ -36,18 +36,18 @@ SINGLE_REFERENCE_THRESHOLD = 0.7
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """One enrolled subject.
-
-    embeddings: float32 [R,D], unit rows, one per reference. threshold: the smallest accepted score. aggregation: how
-    cosines with several references become one score, see `identity_scores`. origin: how the threshold came about, and
-    the error rates to expect. known: the scores that `at` sets thresholds from, first those that must state the rate.
-    """
+    """One enrolled subject."""
 
     embeddings: Tensor
+    """Float32 [R,D], unit rows, one per reference."""
     threshold: float
+    """The smallest accepted score."""
     aggregation: Aggregation = "mean"
+    """How cosines with several references become one score, see `aggregate`."""
     origin: ThresholdOrigin = field(default_factory=ThresholdOrigin)
+    """How the threshold was set, and the error rates to expect."""
     known: tuple[KnownScores, ...] = ()
+    """Scores that `at` sets thresholds from; the first must state the rate."""
 
     def __post_init__(self) -> None:
         if self.embeddings.ndim != 2 or len(self.embeddings) == 0:
@@ -131,10 +131,8 @@ def identity_scores(embeddings: Tensor, references: Tensor, aggregation: Aggrega
 
 
 def uncalibrated_threshold(references: Tensor, aggregation: Aggregation = "mean") -> float:
-    """References [R,D] -> their mean score, each against the others, less `UNCALIBRATED_MARGIN`.
-
-    Nothing is known of its error rates: it says "almost as alike as the references are among themselves", and so
-    depends on how varied the photos are. Calibrate the scorer where accepting wrongly costs something.
+    """References [R,D] -> their mean score, each against the others, less `UNCALIBRATED_MARGIN`; error rates
+    unknown.
     """
     if len(references) == 1:
         return SINGLE_REFERENCE_THRESHOLD
