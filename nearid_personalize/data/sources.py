@@ -3,6 +3,9 @@
 Plain folders: `subject/*.jpg` are the views of a row whose id is the folder's name, `subject/distractors/*.jpg` its
 distractors. A distractor lies on the background of the view of the same file name (suffix aside); when no name is
 shared, the sorted distractors belong to the sorted views. `train/subject/…`, `val/…`, `test/…` tell splits.
+
+Beside a view may lie `photo.mask.png` (the subject) and `photo.part.mask.png` (the part that its distractor changes),
+beside a distractor its own mask, and in a subject's folder `category.txt`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,12 +17,16 @@ from typing import Any
 
 from nearid_personalize.errors import InputError
 from nearid_personalize.hub import is_hub_id
-from nearid_personalize.images import list_images
+from nearid_personalize.images import MASK_SUFFIX, list_images
 
 from .rows import NO_SPLITS, SPLITS, Row, Rows, RowStream, Slots, check_split_name, file_versions, hash_split
 
 DISTRACTORS = "distractors"
 """Name of the folder of a subject's distractors, and of that source."""
+
+CATEGORY_FILE = "category.txt"
+
+PART_SUFFIX = ".part" + MASK_SUFFIX
 
 
 def load_rows(
@@ -158,15 +165,21 @@ def _folder_rows(root: Path, distractors: Sequence[str | Path]) -> Rows:
     if not rows:
         raise InputError(f"{root}: no subjects; give a folder that holds one folder of pictures per subject")
     sources = (DISTRACTORS,) if any(row.distractors for row in rows) else ()
-    pictures = [path for row in rows for path in (*row.views, *row.distractors.get(DISTRACTORS, ())) if path]
+    pictures = [path for row in rows for path in _files_of(row)]
     return Rows(
         str(root),
         tuple(row.id for row in rows),
         tuple(row.split for row in rows),
         sources,
         rows.__getitem__,
-        version=file_versions(pictures),  # type: ignore[arg-type]
+        version=file_versions(pictures),
     )
+
+
+def _files_of(row: Row) -> Iterator[Path]:
+    """The files of a row that lies in a folder: pictures, and masks, by which pictures are varied."""
+    slots = (row.views, *row.distractors.values(), row.masks, row.part_masks, *row.distractor_masks.values())
+    return (path for pictures in slots for path in pictures if isinstance(path, Path))
 
 
 def _folders(root: Path) -> list[Path]:
@@ -177,7 +190,33 @@ def _subject(folder: Path, split: str | None) -> Row:
     views = list_images(folder)
     found = folder / DISTRACTORS
     sources: dict[str, Slots] = {DISTRACTORS: _beside(views, list_images(found), found)} if found.is_dir() else {}
-    return Row(id=folder.name, views=tuple(views), distractors=sources, split=split)
+    own_masks = {name: _masks_of(distractors) for name, distractors in sources.items()}
+    return Row(
+        id=folder.name,
+        views=tuple(views),
+        distractors=sources,
+        category=_category(folder / CATEGORY_FILE),
+        split=split,
+        masks=_masks_of(views),
+        distractor_masks={name: masks for name, masks in own_masks.items() if masks},
+        part_masks=_masks_of(views, PART_SUFFIX),
+    )
+
+
+def _masks_of(pictures: Sequence[Any], suffix: str = MASK_SUFFIX) -> Slots:
+    """The mask beside each picture, None where it has none; () where none has."""
+    places = [path and path.with_name(f"{path.stem}{suffix}.png") for path in pictures]
+    masks = tuple(place if place is not None and place.is_file() else None for place in places)
+    return masks if any(masks) else ()
+
+
+def _category(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8").strip() or None
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); give the category's name as text") from None
 
 
 def _beside(views: Sequence[Path], distractors: Sequence[Path], folder: Path) -> Slots:

@@ -129,7 +129,11 @@ def encode_latents(pipe: "DiffusionPipeline", pixels: Tensor) -> Tensor:
     encoded = vae.encode(pixels[:, :, None] if video else pixels)
     latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
     latents = (latents[:, :, 0] if latents.ndim == 5 else latents).float()
-    scale, mean, std = vae.config.get("scaling_factor", 1.0), vae.config.get("latents_mean"), vae.config.get("latents_std")
+    scale, mean, std = (
+        vae.config.get("scaling_factor", 1.0),
+        vae.config.get("latents_mean"),
+        vae.config.get("latents_std"),
+    )
     if mean is None or std is None:
         return (latents - (vae.config.get("shift_factor") or 0.0)) * scale
     mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in (mean, std))

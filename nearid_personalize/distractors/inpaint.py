@@ -73,7 +73,8 @@ RECORDS: dict[str, InpaintRecord] = {
     "StableDiffusionXLPAGInpaintPipeline": InpaintRecord(),
     "StableDiffusionXLControlNetInpaintPipeline": _CONTROLLED,
     "StableDiffusionXLControlNetUnionInpaintPipeline": InpaintRecord(
-        control="control_image", extra={"control_mode": [7]}  # repaint
+        control="control_image",
+        extra={"control_mode": [7]},  # repaint
     ),
     "StableDiffusion3InpaintPipeline": InpaintRecord(),
     "StableDiffusion3ControlNetInpaintingPipeline": _CONTROL_ALONE,

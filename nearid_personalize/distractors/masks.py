@@ -127,9 +127,7 @@ def load_mask_model(name: str, device: str, text_image: TextImageEncoder | None 
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         task = "mask-generation" if "sam" in config.model_type else "image-segmentation"
-        run = pipeline(
-            task, model=name, device=torch.device(device), model_kwargs={"use_safetensors": True}
-        )
+        run = pipeline(task, model=name, device=torch.device(device), model_kwargs={"use_safetensors": True})
     except (*HUB_ERRORS, ValueError, KeyError, ImportError) as error:
         raise InputError(
             f"--mask-model {name}: {download_fault(error)}; give a segmentation or mask-generation model (MaskFormer, "
@@ -153,9 +151,7 @@ def _rembg_masks() -> MaskFinder:
     try:
         import rembg
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"--mask-model rembg: needs {error.name}; pip install 'nearid-personalize[rembg]'"
-        ) from None
+        raise InputError(f"--mask-model rembg: needs {error.name}; pip install 'nearid-personalize[rembg]'") from None
     session = rembg.new_session()
     return lambda photo, category: as_mask(
         np.asarray(rembg.remove(photo, session=session, only_mask=True)) > 127, photo, "--mask-model rembg"
@@ -176,9 +172,7 @@ def random_part(subject: Mask, seed: str, shares: tuple[float, float] = PART_SHA
     cells, areas = _cells(subject, box)
     wanted = share * float(areas.sum())
     piece = _grow(cells, areas, wanted, rng)
-    whole = Image.fromarray(piece.astype(np.uint8)).resize(
-        (box[2] - box[0], box[3] - box[1]), Image.Resampling.NEAREST
-    )
+    whole = Image.fromarray(piece.astype(np.uint8)).resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.NEAREST)
     part = np.zeros_like(subject)
     part[box[1] : box[3], box[0] : box[2]] = np.asarray(whole) > 0
     return part & subject

@@ -37,7 +37,7 @@ class Scores:
     visible_change: float = nan
     """Mean of 1 - cosine between the trunk's tokens at the same places inside the mask, in [0, 2]; 0: not changed."""
     category_lead: float = nan
-    """How much better the masked subject fits its category's name than any other's, difference of cosines."""
+    """How much better the place of the subject fits its category's name than any other's, difference of cosines."""
     quality: float = nan
     """In [0, 1], larger = more of a picture."""
     seam: float = nan
@@ -175,6 +175,11 @@ class Measuring:
     categories: tuple[str, ...] = ()
     quality: QualityFloor | None = None
 
+    @property
+    def tells_identity(self) -> bool:
+        """Whether identity similarities are measured."""
+        return self.scorer is not None and self.has_identity
+
     def __call__(self, pairs: Sequence[Pair]) -> list[Scores]:
         """The scores of each pair."""
         near = self._similarities(pairs)
@@ -225,7 +230,8 @@ class Measuring:
             return _unknown(pairs)
         names = sorted({*self.categories, *(pair.category for pair in pairs if pair.category)})
         texts = self.text_image.embed_texts([f"a photo of a {name}" for name in names] or ["a photo"])
-        shown = [subject_alone(pair.distractor, pair.painted) for pair in pairs]
+        # With its surroundings: a cut-out on grey is no photo of anything, and text-image models know photos.
+        shown = [surroundings(pair.distractor, pair.painted) for pair in pairs]
         fits = self.text_image.embed_images(shown) @ texts.T  # [N, names]
         return [_lead(row, names, pair.category) for row, pair in zip(fits.tolist(), pairs, strict=True)]
 
@@ -249,6 +255,14 @@ def subject_alone(picture: Image.Image, mask: Mask) -> Image.Image:
     square = Image.new("RGB", (side, side), (128, 128, 128))
     square.paste(Image.fromarray(pixels), ((side - (right - left)) // 2, (side - (bottom - top)) // 2))
     return square
+
+
+def surroundings(picture: Image.Image, mask: Mask, padding: float = 0.25) -> Image.Image:
+    """The crop around a mask, padded by a share of its longer side as far as the picture goes."""
+    left, top, right, bottom = bounding_box(mask)
+    room = round(padding * max(right - left, bottom - top))
+    box = (max(left - room, 0), max(top - room, 0), min(right + room, picture.width), min(bottom + room, picture.height))
+    return picture.convert("RGB").crop(box)
 
 
 def token_change(before: Tensor, after: Tensor, inside: Image.Image) -> float:
