@@ -119,10 +119,14 @@ def training_rows(options: Options, arm: str, data: Rows) -> Rows:
         return data
     if arm == "pasted":
         same = _same_category(data)
-        return replace(data, read=partial(_with_pasted, data, same), version=f"{data.version} pasted", sources=("pasted",))
+        return replace(
+            data, read=partial(_with_pasted, data, same), version=f"{data.version} pasted", sources=("pasted",)
+        )
     places, records = list_places(data, options.out / "built"), Records(options.out / "built")
     files = _distractor_files(places, records, first_tries=arm == "built")
-    return replace(data, read=partial(_with_files, data, files, arm), version=f"{data.version} {arm} {files}", sources=(arm,))
+    return replace(
+        data, read=partial(_with_files, data, files, arm), version=f"{data.version} {arm} {files}", sources=(arm,)
+    )
 
 
 def _distractor_files(places: Sequence[Place], records: Records, first_tries: bool) -> dict[tuple[int, int], Path]:
@@ -225,7 +229,10 @@ def resampled(values: Sequence[np.ndarray], statistic, num_resamples: int = 2000
     """A statistic of the arms' per-identity values [n], and its 95 % bootstrap interval over identities."""
     rng = np.random.default_rng(0)
     stacked = np.stack(values)  # [arms, n]
-    draws = [statistic(stacked[:, rng.integers(0, stacked.shape[1], stacked.shape[1])].mean(axis=1)) for _ in range(num_resamples)]
+    draws = [
+        statistic(stacked[:, rng.integers(0, stacked.shape[1], stacked.shape[1])].mean(axis=1))
+        for _ in range(num_resamples)
+    ]
     return statistic(stacked.mean(axis=1)), *np.quantile(draws, (0.025, 0.975)).tolist()
 
 
@@ -243,7 +250,11 @@ def judged(options: Options, data: Rows, files: dict[tuple[int, int], Path]) -> 
         seen = judge(load_image(files[number, slot]), row.pet, row.contexts[slot])
         same_category += "category" not in seen.wrong
         other += bool(seen.wrong) and "category" not in seen.wrong
-    return {"n": len(chosen), "of the category": same_category / len(chosen), "another of the category": other / len(chosen)}
+    return {
+        "n": len(chosen),
+        "of the category": same_category / len(chosen),
+        "another of the category": other / len(chosen),
+    }
 
 
 def main(options: Options) -> None:
@@ -269,7 +280,10 @@ def main(options: Options) -> None:
                 write_atomically(path, json.dumps(found))
             results.setdefault(arm, []).append(json.loads(path.read_text()))
             won = np.array(results[arm][-1]["won"])
-            print(f"{arm} seed {seed}: SSR {(won[:, 0] == won[:, 1]).mean():.3f}, M-O {results[arm][-1]['m_o']:.3f}", flush=True)
+            print(
+                f"{arm} seed {seed}: SSR {(won[:, 0] == won[:, 1]).mean():.3f}, M-O {results[arm][-1]['m_o']:.3f}",
+                flush=True,
+            )
     show(options, data, results)
 
 
@@ -288,7 +302,9 @@ def show(options: Options, data: Rows, results: dict[str, list[dict]]) -> None:
         for first in ("built", "filtered", "pasted", "jitter"):
             gain = resampled([values["none"], values[first], values["true"]], lambda m: (m[1] - m[0]) / (m[2] - m[0]))
             print(f"{name}: {first} captures {told(gain)} of what true gains over none")
-        print(f"{name}: filtered - built {told(resampled([values['filtered'], values['built']], lambda m: m[0] - m[1]))}")
+        print(
+            f"{name}: filtered - built {told(resampled([values['filtered'], values['built']], lambda m: m[0] - m[1]))}"
+        )
     places, records = list_places(data, options.out / "built"), Records(options.out / "built")
     for name, first in (("first tries", True), ("kept", False)):
         print(name, judged(options, data, _distractor_files(places, records, first_tries=first)))

@@ -13,6 +13,7 @@ import tyro
 from nearid_personalize.commands.flags import parse_flags, quieten_libraries, run_program
 from nearid_personalize.commands.options import (
     Demo,
+    Distractors,
     Evaluate,
     Generate,
     Pairs,
@@ -29,6 +30,7 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "score": (Score, "commands.score:run_score"),
     "verify": (Verify, "commands.verify:run_verify"),
     "generate": (Generate, "commands.generate:run_generate"),
+    "distractors": (Distractors, "commands.distractors:run_distractors"),
     "evaluate": (Evaluate, "commands.evaluate:run_evaluate"),
     "pairs": (Pairs, "commands.pairs:run_pairs"),
     "demo": (Demo, "demo.server:serve"),

@@ -25,7 +25,7 @@ FLOORS = (
     ("evaluation", "verification"),
     ("lora",),
     ("training",),
-    ("service",),
+    ("distractors", "service"),
     ("commands",),
     ("demo",),
     ("cli", "train_head", "train_lora"),

@@ -1,12 +1,15 @@
 """The options of every `nearid` command, checked as they are built."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nearid_personalize.attention import Attention
 from nearid_personalize.errors import InputError
 from nearid_personalize.loading import Device
+
+if TYPE_CHECKING:
+    from nearid_personalize.distractors.options import BuildOptions
 
 RELEASED_MODEL = "Aleksandar/nearid-siglip2"
 RELEASED_TRUNK = "google/siglip2-so400m-patch14-384"
@@ -413,6 +416,128 @@ class ReportCard(Accepting):
                 raise InputError(f"--scales {scale}: must be above 0, at most 10")
         if len(set(self.scales)) < max(len(self.scales), 1) or not self.lora:
             raise InputError(f"--scales {self.scales}, --lora {self.lora}: give at least one of each, none twice")
+
+
+@dataclass(frozen=True)
+class Distractors:
+    """Build near-identity distractors from photos: another individual of the kind on each photo's own background."""
+
+    views: str
+    """Folder of subjects' folders (with photo.mask.png and category.txt beside the photos), parquet, a Hub id, or
+    "miniworld"."""
+    base_model: str
+    """Inpainting or text-to-image pipeline: folder, Hub id, or "miniworld"."""
+    out: Path
+    """Folder for the built set, contact_sheet.png, limits.png and report.json. A run that was killed goes on there."""
+    category: str | None = None
+    """What all subjects are. Default: what category.txt, or the data's column, says."""
+    mask_model: str | None = None
+    """Finds subjects that have no photo.mask.png: a segmentation or mask-generation model (Hub id or folder), or
+    "rembg"."""
+    prompts: Path | None = None
+    """Text file with prompts to draw from, one a line. Default: made of captions and the vocabulary."""
+    vocabulary: Path | None = None
+    """JSON file with words for categories. Default: the built-in one."""
+    parts: Literal["none", "given", "random"] = "none"
+    """Repaint a part of the subject in place of all of it: the one in photo.part.mask.png, or a random connected piece
+    of 5 to 60 % of it."""
+    seed: int = 0
+    """Decides prompts, noise and random parts."""
+    tries: int = 3
+    """Seeds that are tried for a view until its distractor is kept."""
+    steps: int = 30
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance. Default: the pipeline's own."""
+    strength: float | None = None
+    """How much of the subject is noised away, 0 to 1. Default: 0.99, or what the pipeline needs."""
+    size: int | None = None
+    """Longer side at which the model works, pixels. Default: what it was made for."""
+    inpaint_class: str | None = None
+    """Inpainting class of diffusers to run the base model's parts with, such as FluxInpaintPipeline. Default: the base
+    model's own class; text-to-image classes blend latents."""
+    controlnet: str | None = None
+    """ControlNet for --inpaint-class, shown the photo with the subject black: folder or Hub id."""
+    lora: Path | None = None
+    """LoRA of the base model, such as one for few steps: a .safetensors file or its folder."""
+    dilate: float = 0.04
+    """How far beyond the mask is repainted, as a share of the photo's longer side."""
+    feather: float = 0.0
+    """Over which share of the photo's longer side, from the border inwards, the photo passes into the repainted."""
+    padding: float = 0.5
+    """Room around the subject in the crop that the model sees, as a share of the subject's longer side."""
+    filter: bool = True
+    """Refuse distractors that are not near enough, not different enough, or badly made, and try again."""
+    model: str = RELEASED_MODEL
+    """NearID encoder, or a bare trunk, of the filter: Hub id, folder, or "miniworld"."""
+    trunk: str | None = None
+    """Trunk of a head that was saved alone, when it is not where it was: Hub id or folder."""
+    text_image_model: str | None = None
+    """SigLIP or CLIP (Hub id or folder, or "miniworld") of the filter: what is not of the category is refused."""
+    not_near: float = 0.1
+    """Share of the first tries that is refused as not near enough, 0 to below 1; 0: none."""
+    too_alike: float = 0.1
+    """Share of the first tries that is refused as too much the same subject."""
+    unchanged: float = 0.05
+    """Share of the first tries that is refused as hardly changed."""
+    seam: float = 0.05
+    """Share of the first tries that is refused for a seam."""
+    min_trunk_similarity: float | None = None
+    """Set that limit, in place of --not-near."""
+    max_identity_similarity: float | None = None
+    """Set that limit, in place of --too-alike."""
+    min_visible_change: float | None = None
+    """Set that limit, in place of --unchanged."""
+    max_seam: float | None = None
+    """Set that limit, in place of --seam."""
+    parquet: Path | None = None
+    """Also write the set there as views.parquet and distractors.parquet, in the Hub's columns; not inside --out."""
+    split: Literal["train", "val", "test"] | None = None
+    """Of data that tells splits, build for this one only."""
+    limit: int = 0
+    """Build for the first so many subjects only; 0: all (of the toy world: 100)."""
+    link: bool = False
+    """Hard links to the photos in place of copies."""
+    batch_size: int = 4
+    """Pictures that text-to-image pipelines repaint together."""
+    device: Device = "auto"
+    """Where all models run."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Pipeline weights. auto: float32 on the CPU, else bfloat16."""
+    dry_run: bool = False
+    """Draw one distractor, say how many there would be, how long it would take and how much disk, and stop."""
+    json: bool = False
+    """Print report.json to stdout, and nothing else."""
+
+    def __post_init__(self) -> None:
+        _at_least("steps", self.steps, 1)
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise InputError(f"--strength {self.strength:g}: must be above 0, at most 1")
+        if self.controlnet is not None and self.inpaint_class is None:
+            raise InputError(f"--controlnet {self.controlnet}: needs --inpaint-class, the class that uses it")
+        if self.parquet is not None and self.parquet.resolve().is_relative_to(self.out.resolve()):
+            raise InputError(f"--parquet {self.parquet}: inside --out, whose pictures would then be read from it")
+        assert self.building is not None, "raises for what cannot be"
+
+    @property
+    def building(self) -> "BuildOptions":
+        """The options of the library's function."""
+        from nearid_personalize.distractors.nearness import Limits, Quantiles
+        from nearid_personalize.distractors.options import BuildOptions
+
+        shared = {field.name for field in fields(BuildOptions)} - {"quantiles", "limits"}
+        return BuildOptions(
+            **{name: getattr(self, name) for name in shared},
+            quantiles=Quantiles(
+                not_near=self.not_near, too_alike=self.too_alike, unchanged=self.unchanged, seam=self.seam
+            ),
+            limits=Limits(
+                min_trunk_similarity=self.min_trunk_similarity,
+                max_identity_similarity=self.max_identity_similarity,
+                min_visible_change=self.min_visible_change,
+                max_seam=self.max_seam,
+            ),
+        )
 
 
 def _at_least(flag: str, value: int, least: int) -> None:

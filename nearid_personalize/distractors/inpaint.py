@@ -32,12 +32,17 @@ class Repaint:
 
 
 class Inpainter(Protocol):
-    """Repaints pictures; a callable with these three facts is one."""
+    """Repaints pictures; a callable that has a `size` and a `multiple` is one."""
 
-    size: int
-    """The longer side that it works at, pixels."""
-    multiple: int
-    """What both sides must be a multiple of."""
+    @property
+    def size(self) -> int:
+        """The longer side that it works at, pixels."""
+        ...
+
+    @property
+    def multiple(self) -> int:
+        """What both sides must be a multiple of."""
+        ...
 
     def __call__(self, jobs: Sequence[Repaint]) -> list[Image.Image]:
         """A picture for each job; those of one call have one size."""

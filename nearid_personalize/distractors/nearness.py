@@ -25,6 +25,13 @@ from nearid_personalize.floors.adherence import TextImageEncoder
 from nearid_personalize.floors.quality import QualityFloor
 from nearid_personalize.scorer.scorer import IdentityScorer
 
+OTHER_CATEGORIES = (
+    *("bag", "ball", "bear", "bicycle", "bird", "book", "bottle", "bowl", "box", "camera", "car", "cat", "chair"),
+    *("clock", "cup", "dog", "doll", "flower", "fruit", "furniture", "hat", "horse", "lamp", "person", "plant"),
+    *("rabbit", "robot", "shoe", "sunglasses", "teapot", "toy", "tree", "vase"),
+)
+"""What a distractor might show in place of its category, where the data names no others."""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -105,9 +112,9 @@ class Quantiles:
 def limits_from(
     first_tries: Sequence[Scores],
     same_subject: Sequence[float] = (),
-    quantiles: Quantiles = Quantiles(),  # noqa: B008 - frozen
+    quantiles: Quantiles = Quantiles(),
     min_quality: float | None = None,
-    given: Limits = Limits(),  # noqa: B008 - frozen
+    given: Limits = Limits(),
 ) -> Limits:
     """Limits at quantiles of the data at hand.
 
@@ -261,7 +268,12 @@ def surroundings(picture: Image.Image, mask: Mask, padding: float = 0.25) -> Ima
     """The crop around a mask, padded by a share of its longer side as far as the picture goes."""
     left, top, right, bottom = bounding_box(mask)
     room = round(padding * max(right - left, bottom - top))
-    box = (max(left - room, 0), max(top - room, 0), min(right + room, picture.width), min(bottom + room, picture.height))
+    box = (
+        max(left - room, 0),
+        max(top - room, 0),
+        min(right + room, picture.width),
+        min(bottom + room, picture.height),
+    )
     return picture.convert("RGB").crop(box)
 
 

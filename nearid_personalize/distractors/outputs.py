@@ -3,12 +3,12 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nearid_personalize.data import Rows
-from nearid_personalize.distractors.nearness import Limits, Scores, to_fields
+from nearid_personalize.distractors.nearness import Limits, to_fields
 from nearid_personalize.distractors.places import Place
 from nearid_personalize.distractors.records import Records
 from nearid_personalize.distractors.sheet import SHEET_VIEWS, SheetRow, contact_sheet, limits_plot

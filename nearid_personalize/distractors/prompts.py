@@ -69,7 +69,7 @@ class Vocabulary:
         return self.kinds.get(_noun(category), self.default)
 
 
-VOCABULARY = Vocabulary(kinds={category: ANIMAL for category in LIVING}, default=GOODS)
+VOCABULARY = Vocabulary(kinds=dict.fromkeys(LIVING, ANIMAL), default=GOODS)
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
