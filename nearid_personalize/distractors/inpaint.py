@@ -87,7 +87,10 @@ RECORDS: dict[str, InpaintRecord] = {
     "FluxFillPipeline": InpaintRecord(strength=1.0),
     "FluxControlInpaintPipeline": _CONTROLLED,
     "FluxControlNetInpaintPipeline": _CONTROLLED,
-    "FluxKontextInpaintPipeline": InpaintRecord(reference="image_reference", strength=1.0),
+    # Else it would paint at one of the sizes that it was trained at, whatever size is asked for
+    "FluxKontextInpaintPipeline": InpaintRecord(
+        reference="image_reference", strength=1.0, extra={"_auto_resize": False}
+    ),
     "Flux2KleinInpaintPipeline": InpaintRecord(reference="image_reference"),
     "QwenImageInpaintPipeline": InpaintRecord(guidance=_QWEN_GUIDANCE),
     "QwenImageEditInpaintPipeline": InpaintRecord(guidance=_QWEN_GUIDANCE),

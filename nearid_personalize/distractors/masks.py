@@ -5,9 +5,8 @@ A mask is bool [H,W], True = the subject.
 
 import heapq
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,6 +22,8 @@ LEAST_COVERAGE, MOST_COVERAGE = 0.02, 0.90
 """Share of the photo that a subject may take; less is too small to repaint, more leaves no background to keep."""
 PART_SHARES = (0.05, 0.60)
 """Share of the subject that an edited part may take, as in Mind-the-Glitch."""
+_POINTS = 5  # along each axis at which a SAM is asked what is there
+_SURE = 0.88  # what a SAM must think of its mask, the default of transformers' pipeline
 _GRID = 64  # cells along the longer side in which a random part grows
 
 MaskFinder: TypeAlias = Callable[[Image.Image, str], "Mask | Image.Image"]
@@ -122,29 +123,57 @@ def load_mask_model(name: str, device: str, text_image: TextImageEncoder | None 
     """
     if name == "rembg":
         return _rembg_masks()
-    from transformers import AutoConfig, pipeline
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        task = "mask-generation" if "sam" in config.model_type else "image-segmentation"
-        run = pipeline(task, model=name, device=torch.device(device), model_kwargs={"use_safetensors": True})
+        load = _generating if "sam" in config.model_type else _segmenting
+        segments = load(name, device)
     except (*HUB_ERRORS, ValueError, KeyError, ImportError) as error:
         raise InputError(
             f"--mask-model {name}: {download_fault(error)}; give a segmentation or mask-generation model (MaskFormer, "
             "Mask2Former, SegFormer, DETR, SAM), or put photo.mask.png beside each photo"
         ) from None
-    read = _generated if task == "mask-generation" else _segmented
-    return ModelMasks(segments=lambda photo: read(run, photo), text_image=text_image)
+    return ModelMasks(segments=segments, text_image=text_image)
 
 
-def _segmented(run: Any, photo: Image.Image) -> list[Segment]:
-    found = run(photo)
-    return [Segment(mask=as_mask(entry["mask"], photo, "--mask-model"), label=entry["label"]) for entry in found]
+def _segmenting(name: str, device: str) -> Callable[[Image.Image], list[Segment]]:
+    """Labelled segments of a semantic, instance or panoptic segmentation model."""
+    from transformers import pipeline
+
+    model_options = {"use_safetensors": True}
+    run = pipeline("image-segmentation", model=name, device=torch.device(device), model_kwargs=model_options)
+
+    def segments(photo: Image.Image) -> list[Segment]:
+        found = run(photo)
+        return [Segment(mask=as_mask(entry["mask"], photo, "--mask-model"), label=entry["label"]) for entry in found]
+
+    return segments
 
 
-def _generated(run: Any, photo: Image.Image) -> list[Segment]:
-    found = run(photo, points_per_batch=64)["masks"]
-    return [Segment(mask=as_mask(np.asarray(mask), photo, "--mask-model")) for mask in found]
+def _generating(name: str, device: str) -> Callable[[Image.Image], list[Segment]]:
+    """What a SAM finds at a grid of points.
+
+    The pipeline of transformers drops masks that repeat others, for which it needs torchvision. Here repeated masks do
+    no harm, for one is chosen in the end.
+    """
+    from transformers import AutoModelForMaskGeneration, AutoProcessor
+
+    model = AutoModelForMaskGeneration.from_pretrained(name, use_safetensors=True).to(device).eval()
+    processor = AutoProcessor.from_pretrained(name)
+
+    @torch.no_grad()
+    def segments(photo: Image.Image) -> list[Segment]:
+        shares = [(number + 0.5) / _POINTS for number in range(_POINTS)]
+        points = [[[x * photo.width, y * photo.height]] for y in shares for x in shares]
+        inputs = processor(images=photo, input_points=[points], return_tensors="pt").to(device)
+        outputs = model(**inputs)
+        sizes = [inputs[key].cpu() for key in ("original_sizes", "reshaped_input_sizes") if key in inputs]
+        masks = processor.post_process_masks(outputs.pred_masks.cpu(), *sizes)[0].flatten(0, 1)  # [points x 3,H,W]
+        sure = outputs.iou_scores[0].flatten().cpu() >= _SURE
+        return [Segment(mask=as_mask(mask.numpy(), photo, "--mask-model")) for mask in masks[sure]]
+
+    return segments
 
 
 def _rembg_masks() -> MaskFinder:
@@ -214,19 +243,3 @@ def part_fault(part: Mask, subject: Mask, shares: tuple[float, float] = PART_SHA
     if not low - slack <= share <= high + slack:
         return f"the part is {share:.1%} of the subject; {low:.0%} to {high:.0%} works"
     return ""
-
-
-def beside(photo: Path, suffix: str) -> Path | None:
-    """The mask file of a photo, `photo` + suffix + ".png" or another picture suffix; None: there is none."""
-    found = sorted(photo.parent.glob(f"{_escaped(photo.stem)}{suffix}.*"))
-    return found[0] if found else None
-
-
-def _escaped(stem: str) -> str:
-    """A stem that glob takes literally."""
-    return "".join(f"[{letter}]" if letter in "[]*?" else letter for letter in stem)
-
-
-def largest(masks: Sequence[Mask]) -> Mask:
-    """The mask with the most pixels."""
-    return max(masks, key=lambda mask: mask.sum())

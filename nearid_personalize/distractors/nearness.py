@@ -147,7 +147,8 @@ def _quantile(scores: Sequence[Scores], name: str, share: float, top: bool = Fal
     values = [value for value in (getattr(score, name) for score in scores) if not math.isnan(value)]
     if not values or share == 0:
         return None
-    return float(np.quantile(values, 1 - share if top else share))
+    # Of few values none is refused rather than one too many
+    return float(np.quantile(values, 1 - share, method="higher") if top else np.quantile(values, share, method="lower"))
 
 
 # --- measures --------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ class Records:
         """Remember the settings, or refuse to go on with others; raises InputError naming the first that differs."""
         path = self.home / "settings.json"
         known = _read(path)
-        if known is None:
+        if known is None or not (self.home / "tries").is_dir():  # nothing was drawn with the others
             self._write(path, settings)
             return
         now = json.loads(json.dumps(settings))
