@@ -233,7 +233,18 @@ def resampled(values: Sequence[np.ndarray], statistic, num_resamples: int = 2000
         statistic(stacked[:, rng.integers(0, stacked.shape[1], stacked.shape[1])].mean(axis=1))
         for _ in range(num_resamples)
     ]
-    return statistic(stacked.mean(axis=1)), *np.quantile(draws, (0.025, 0.975)).tolist()
+    return statistic(stacked.mean(axis=1)), *np.nanquantile(draws, (0.025, 0.975)).tolist()
+
+
+def difference(means: np.ndarray) -> float:
+    """First arm - second arm."""
+    return float(means[0] - means[1])
+
+
+def captured(means: np.ndarray) -> float:
+    """The share of what the third arm gains over the first that the second arm gains; NaN where it gains nothing."""
+    gain = means[2] - means[0]
+    return float((means[1] - means[0]) / gain) if gain else float("nan")
 
 
 def told(values: tuple[float, float, float]) -> str:
@@ -299,12 +310,11 @@ def show(options: Options, data: Rows, results: dict[str, list[dict]]) -> None:
         correlations = ", ".join(f"{found['m_o']:.3f}" for found in results[arm])
         print(f"| {arm} | {' | '.join(figures)} | {correlations} |")
     for name, values in (("SSR", perfect), ("PA", accuracy)):
-        for first in ("built", "filtered", "pasted", "jitter"):
-            gain = resampled([values["none"], values[first], values["true"]], lambda m: (m[1] - m[0]) / (m[2] - m[0]))
-            print(f"{name}: {first} captures {told(gain)} of what true gains over none")
-        print(
-            f"{name}: filtered - built {told(resampled([values['filtered'], values['built']], lambda m: m[0] - m[1]))}"
-        )
+        print(f"{name}: true - none {told(resampled([values['true'], values['none']], difference))}")
+        print(f"{name}: filtered - built {told(resampled([values['filtered'], values['built']], difference))}")
+        for arm in ("built", "filtered", "pasted", "jitter"):
+            gain = resampled([values["none"], values[arm], values["true"]], captured)
+            print(f"{name}: {arm} captures {told(gain)} of what true gains over none")
     places, records = list_places(data, options.out / "built"), Records(options.out / "built")
     for name, first in (("first tries", True), ("kept", False)):
         print(name, judged(options, data, _distractor_files(places, records, first_tries=first)))
