@@ -20,7 +20,7 @@ import nearid_personalize
 
 RUN_EXTRAS = ("generate", "train", "demo", "heic", "mcp", "prodigy")
 HEAVY = ("datasets", "diffusers", "peft", "accelerate", "gradio")
-COMMANDS = ("quickstart", "score", "generate", "evaluate", "report-card", "pairs", "demo")
+COMMANDS = ("quickstart", "score", "generate", "distractors", "evaluate", "report-card", "pairs", "demo")
 
 
 def run_python(code: str, *arguments: str) -> str:

@@ -53,7 +53,7 @@ def test_the_wheel_stands_outside_the_checkout(installed, tmp_path):
 
 def test_every_command_answers(installed, tmp_path):
     script = "from nearid_personalize import cli\n"
-    script += f"for command in {COMMANDS!r}:\n"
+    script += f"for command in {tuple(COMMANDS)!r}:\n"
     script += " try: cli.main([command, '--help'])\n except SystemExit as stop: assert not stop.code\n"
     done = run(installed, tmp_path, "-c", script)
     assert done.returncode == 0, done.stderr
