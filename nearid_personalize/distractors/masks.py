@@ -180,7 +180,7 @@ def _rembg_masks() -> MaskFinder:
     try:
         import rembg
     except ModuleNotFoundError as error:
-        raise InputError(f"--mask-model rembg: needs {error.name}; pip install 'nearid-personalize[rembg]'") from None
+        raise InputError(f"--mask-model rembg: needs {error.name}; pip install 'rembg[cpu]'") from None
     session = rembg.new_session()
     return lambda photo, category: as_mask(
         np.asarray(rembg.remove(photo, session=session, only_mask=True)) > 127, photo, "--mask-model rembg"
