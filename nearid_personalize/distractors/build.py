@@ -23,6 +23,7 @@ from nearid_personalize.distractors.nearness import (
     same_subject_similarities,
 )
 from nearid_personalize.distractors.options import BuildOptions
+from nearid_personalize.distractors.outputs import write_outputs
 from nearid_personalize.distractors.places import (
     Describe,
     Place,
@@ -101,6 +102,15 @@ class Builder:
             self._judge_round(mine, number)
         if self.share.rank == 0:
             wait_until(lambda: all(self._is_finished(place) for place in places))
+
+    def finish(self, places: Sequence[Place], models: Mapping[str, Any]) -> dict[str, Any]:
+        """Write report, sheet and plot; raises InputError when no view at all could be repainted."""
+        skipped = [self.records.skipped(place) for place in places]
+        if all(reason is not None for reason in skipped):
+            raise InputError(
+                f"{self.rows.name}: no view can be repainted; {skipped[0] if skipped else 'there is none'}"
+            )
+        return write_outputs(self.rows, places, self.records, models)
 
     def _is_finished(self, place: Place) -> bool:
         return self._is_settled(place) or self.records.skipped(place) is not None
@@ -300,8 +310,6 @@ def build_distractors(
     Raises:
         InputError: no view can be repainted, or the folder was begun with other settings.
     """
-    from nearid_personalize.distractors.outputs import write_outputs
-
     rows = views if isinstance(views, Rows) else load_rows(views)
     out = Path(out)
     check_writable(out)
@@ -324,12 +332,7 @@ def build_distractors(
         show=show and share.rank == 0,
     )
     builder.run(places)
-    if share.rank > 0:
-        return {}
-    skipped = [records.skipped(place) for place in places]
-    if all(reason is not None for reason in skipped):
-        raise InputError(f"{rows.name}: no view can be repainted; {skipped[0] if skipped else 'there is none'}")
-    return write_outputs(rows, places, records, settings or {})
+    return builder.finish(places, settings or {}) if share.rank == 0 else {}
 
 
 def run_settings(options: BuildOptions, inpaint: Inpainter, prompts: Prompts) -> dict[str, Any]:
