@@ -10,6 +10,8 @@ Takes 8 GB of disk and up to 16 GB of memory. Results go to OUT/real_size.json.
 """
 
 import json
+import multiprocessing
+import os
 import resource
 import subprocess
 import sys
@@ -60,9 +62,9 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     return function(), time.perf_counter() - started
 
 
-def peak_gb(who: int) -> float:
-    """Largest resident memory so far, GB."""
-    return resource.getrusage(who).ru_maxrss * 1024 / 1e9
+def peak_gb() -> float:
+    """Largest resident memory of this process so far, GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def photos(number: int, size: int) -> list[Image.Image]:
@@ -122,7 +124,7 @@ def measure_guard(options: Options) -> dict[str, Any]:
         "looked_at": sorted(looks),
         "previews_share": stages["preview"] / sum(stages.values()),
         f"previews_share_at_{STEPS_IN_USE}_steps": share_in_use(stages["preview"], stages["generate"], options.steps),
-        "peak_gb": peak_gb(resource.RUSAGE_SELF),
+        "peak_gb": peak_gb(),
     }
 
 
@@ -131,13 +133,37 @@ def share_in_use(previews: float, drawing: float, steps: int) -> float:
     return previews / (previews + drawing * STEPS_IN_USE / steps)
 
 
-def measure_lora(options: Options) -> dict[str, Any]:
-    """One optimizer step of the trainer's own command, with validation, on models saved to disk."""
-    base, encoder, references = options.out / "sdxl", options.out / "nearid", options.out / "photos"
+def write_models(options: Options, base: Path, encoder: Path) -> None:
+    """Build the base model and the encoder and save them."""
     sdxl(torch.bfloat16, width=options.width).save_pretrained(base)
     scorer = nearid(small=options.width > 1)
     scorer.model.save_pretrained(encoder)
     scorer.preprocessing.save(encoder)
+
+
+def in_its_own_process(work: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in a fresh process: the allocator of this one would keep gigabytes that were freed."""
+    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"{work.__name__} failed")
+
+
+def run_to_the_end(command: Sequence[str], log: Path) -> float:
+    """Run a command, its output in `log`; the largest resident memory it had, GB. Ends this program where it fails."""
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(command)}\n{log.read_text()}")
+    return usage.ru_maxrss * 1024 / 1e9
+
+
+def measure_lora(options: Options) -> dict[str, Any]:
+    """One optimizer step of the trainer's own command, with validation, on models saved to disk."""
+    base, encoder, references = options.out / "sdxl", options.out / "nearid", options.out / "photos"
+    in_its_own_process(write_models, options, base, encoder)
     references.mkdir(parents=True, exist_ok=True)
     for number, photo in enumerate(photos(4, options.resolution)):
         photo.save(references / f"{number}.png")
@@ -160,16 +186,14 @@ def measure_lora(options: Options) -> dict[str, Any]:
     }
     command = [sys.executable, str(ROOT / "trainers" / "train_lora.py")]
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    done, seconds = timed(lambda: subprocess.run(command, capture_output=True, text=True))
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    peak, seconds = timed(lambda: run_to_the_end(command, options.out / "lora.log"))
     journal = (options.out / "lora" / "validation.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in journal]
     return {
         "command": " ".join(command[1:]),
         "seconds": seconds,
         "validations": [{"step": record["step"], "seconds": record["seconds"]} for record in records],
-        "peak_gb": peak_gb(resource.RUSAGE_CHILDREN),
+        "peak_gb": peak,
     }
 
 

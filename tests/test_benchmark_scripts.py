@@ -52,3 +52,15 @@ def test_random_weights_are_small_finite_and_tied_where_the_model_ties_them(scri
     assert text.shared.weight is text.encoder.embed_tokens.weight
     with torch.no_grad():
         assert text(torch.tensor([[3, 4, 5]])).last_hidden_state.isfinite().all()
+
+
+def test_the_peak_is_that_of_the_command_alone(script, tmp_path):
+    """Nothing that this process holds, or another child held, is counted."""
+    real_size = script("real_size")
+    peaks = []
+    for size in (300_000_000, 1):
+        command = [sys.executable, "-c", f"print(len(b'x' * {size}))"]
+        peaks.append(real_size.run_to_the_end(command, tmp_path / "log"))
+    assert peaks[0] > 0.3 > peaks[1] and (tmp_path / "log").read_text() == "1\n"
+    with pytest.raises(SystemExit, match="no memory"):
+        real_size.run_to_the_end([sys.executable, "-c", "raise SystemExit('no memory')"], tmp_path / "log")
