@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -141,13 +142,11 @@ def write_models(options: Options, base: Path, encoder: Path) -> None:
     scorer.preprocessing.save(encoder)
 
 
-def in_its_own_process(work: Callable[..., None], *arguments: Any) -> None:
-    """Call a function in a fresh process: the allocator of this one would keep gigabytes that were freed."""
-    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
-    process.start()
-    process.join()
-    if process.exitcode:
-        sys.exit(f"{work.__name__} failed")
+def in_its_own_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a fresh process. The allocator of this one would keep gigabytes that were freed, and what a
+    process begins from counts towards its own peak."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
 
 
 def run_to_the_end(command: Sequence[str], log: Path) -> float:
@@ -212,7 +211,7 @@ def main(options: Options) -> None:
     parts = {"guard": measure_guard, "lora": measure_lora, "scorer": measure_scorer}
     found: dict[str, Any] = {"options": asdict(options), "threads": torch.get_num_threads()}
     for name in options.parts:
-        found[name] = parts[name](options)
+        found[name] = in_its_own_process(parts[name], options)
         print(name, json.dumps(found[name], indent=1, default=str), flush=True)
         (options.out / "real_size.json").write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
 

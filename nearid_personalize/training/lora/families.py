@@ -8,7 +8,7 @@ Letters: B batch, P prompts, L tokens, D text width, C h w latent channels and s
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nearid_personalize.errors import InputError
 from nearid_personalize.guard.previews import latents_for_vae
+from nearid_personalize.training.lora.drawing import Embeddings, cast_weights, encoding_apart
 
 Table = dict[str, Tensor]
 
@@ -63,6 +64,7 @@ class Family:
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe = pipe
+        self.embeddings: Embeddings = {}  # of prompts that were drawn, while no text encoder is trained
 
     @property
     def denoiser(self) -> Any:
@@ -86,14 +88,22 @@ class Family:
         return {name: getattr(self.pipe, name) for name in names if getattr(self.pipe, name) is not None}
 
     @contextmanager
-    def ready_to_draw(self, device: torch.device) -> Iterator[DiffusionPipeline]:
+    def ready_to_draw(self, device: torch.device, sharded: bool = False) -> Iterator[DiffusionPipeline]:
         """Lend the pipeline on `device`, where the denoiser has to be already; its VAE in the denoiser's precision.
 
-        Pipelines give the VAE latents of that precision. SDXL's pipeline itself decodes in float32 in place of float16.
+        Frozen text encoders come only to encode a prompt, and the denoiser goes meanwhile, unless it is sharded.
+        Pipelines give the VAE latents of the denoiser's precision. SDXL's pipeline itself decodes in float32 in place
+        of float16.
         """
-        vae = self.pipe.vae
-        moved = offload_models(vae, *self.text_encoders().values(), device=device)
-        with moved, cast_weights(vae, self.denoiser.dtype):
+        vae, encoders = self.pipe.vae, list(self.text_encoders().values())
+        with ExitStack() as stack:
+            stack.enter_context(cast_weights(vae, self.denoiser.dtype))  # before it moves: what is kept stays behind
+            stack.enter_context(offload_models(vae, device=device))
+            if any(getattr(encoder, "peft_config", None) for encoder in encoders):
+                stack.enter_context(offload_models(*encoders, device=device))
+            elif encoders:
+                aside = None if sharded else self.denoiser
+                stack.enter_context(encoding_apart(self.pipe, encoders, aside, device, self.embeddings))
             yield self.pipe
 
     def tokenize(self, prompts: Sequence[str]) -> Table:
@@ -375,20 +385,6 @@ def family_class(pipeline_class: str, base_model: str) -> type[Family]:
     if pipeline_class not in FAMILIES:
         raise InputError(f"--base-model {base_model} is a {pipeline_class}; give one of {', '.join(FAMILIES)}")
     return FAMILIES[pipeline_class]
-
-
-@contextmanager
-def cast_weights(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, `model` computes in `dtype`; afterwards its weights are those from before, to the bit."""
-    before = model.dtype
-    kept = model.state_dict() if dtype != before else {}
-    nn.Module.to(model, dtype)  # diffusers' own warns of an empty list of modules at every call
-    try:
-        yield
-    finally:
-        nn.Module.to(model, before)
-        if kept:
-            model.load_state_dict(kept)
 
 
 def column(values: Sequence[float]) -> Tensor:

@@ -424,7 +424,8 @@ class LoraRun:
             stack.enter_context(self.as_saved())
             stack.enter_context(torch.random.fork_rng())
             stack.enter_context(torch.no_grad())
-            stack.enter_context(self.family.ready_to_draw(self.accelerator.device))
+            sharded = self.sharding is not None
+            stack.enter_context(self.family.ready_to_draw(self.accelerator.device, sharded))
             if unet is not None:
                 stack.callback(unet.set_attn_processor, unet.attn_processors)
                 unet.set_attn_processor(dict(self.stock_processors))  # it empties what it is given

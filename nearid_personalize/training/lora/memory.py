@@ -224,7 +224,8 @@ def needs_of(family: Family, options: LoraOptions, device: str, autocast: torch.
 
     texts: the text encoders. pictures: the VAE encodes one. steps: forward and backward pass of a micro-batch, beside
     the optimizer's state. reward: the same of a rewarded picture. drawing: one picture with guidance, as class pictures
-    and validations are drawn; larger batches are made smaller where memory runs out.
+    and validations are drawn, beside frozen text encoders that are there by turns with the denoiser; larger batches are
+    made smaller where memory runs out.
     """
     side = options.data.resolution or family.picture_size
     micro_batch = micro_batch_size(options, family, side * side)
@@ -235,7 +236,7 @@ def needs_of(family: Family, options: LoraOptions, device: str, autocast: torch.
     trained = sum(parameter.numel() for parameter in adapted.denoiser.parameters() if parameter.requires_grad)
     state = STATES[options.optimization.optimizer] + 4 * bool(options.optimization.ema_decay)
     held = bytes_of(family.denoiser) + trained * state
-    vae, dtype = family.pipe.vae, family.denoiser.dtype
+    vae = family.pipe.vae
     with FakeTensorMode(allow_non_fake_inputs=True):
         emptied(family.denoiser, "cpu")
         emptied(vae, "cpu", torch.float32)
@@ -246,9 +247,8 @@ def needs_of(family: Family, options: LoraOptions, device: str, autocast: torch.
             rewarded = step_bytes(family, copies, side, autocast, device) + decode_bytes(family, side, True)
             phases["reward"] = held + bytes_of(vae) + rewarded
         if options.data.prior_pictures or options.validate_every:
-            parts = held + texts + bytes_of(vae)  # its float32 weights are kept
-            parts += bytes_of(emptied(vae, "cpu", dtype))
-            phases["drawing"] = parts + max(draw_bytes(family, side), decode_bytes(family, side, False))
+            emptied(vae, "cpu", family.denoiser.dtype)
+            phases["drawing"] = drawing_bytes(family, options, held, side)
     overhead = int(OVERHEAD) if device != "cpu" else 0
     return Needs(
         phases={name: size + overhead for name, size in phases.items()},
@@ -281,6 +281,21 @@ def step_bytes(family: Family, count: int, side: int, autocast: torch.dtype | No
     peak = memory.peak
     denoiser.zero_grad()
     return peak
+
+
+def drawing_bytes(family: Family, options: LoraOptions, held: int, side: int) -> int:
+    """All that is on the device while a picture is drawn, its prompt encoded before.
+
+    held: the denoiser and the optimizer's state, bytes. The VAE is in the denoiser's precision already.
+    """
+    texts = sum(bytes_of(encoder) for encoder in family.text_encoders().values())
+    always = held + bytes_of(family.pipe.vae)
+    denoising = always + max(draw_bytes(family, side), decode_bytes(family, side, False))
+    own = options.adapter.text_rank
+    trains_text = family.text_rank if own is None else own
+    if trains_text:
+        return denoising + texts
+    return max(denoising, always - bytes_of(family.denoiser) + texts)  # by turns
 
 
 @torch.no_grad()
