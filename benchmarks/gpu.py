@@ -34,8 +34,9 @@ from nearid_personalize.files import write_atomically
 from nearid_personalize.guard.policy import FixedSchedule
 from nearid_personalize.training.lora.families import FAMILIES
 from nearid_personalize.training.lora.loop import checkpoints_gradients, train_lora
-from nearid_personalize.training.lora.memory import OVERHEAD, needs_of, outline
+from nearid_personalize.training.lora.memory import needs_of, outline
 from nearid_personalize.training.lora.options import LoraOptions
+from nearid_personalize.training.memory import OVERHEAD
 
 Name = Literal["sdxl", "flux"]
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0")

@@ -22,17 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nearid_personalize.training.lora.families import FAMILIES, Family, StableDiffusion, Table, pack, unpack
 from nearid_personalize.training.lora.loop import adapt
-from nearid_personalize.training.lora.memory import (
-    GB,
-    assemble,
-    bytes_of,
-    emptied,
-    needs_of,
-    question,
-    step_bytes,
-    without_weights,
-)
+from nearid_personalize.training.lora.memory import assemble, needs_of, question, step_bytes, without_weights
 from nearid_personalize.training.lora.options import LoraOptions
+from nearid_personalize.training.memory import GB, bytes_of, emptied
 
 CLIP_L, CLIP_G, T5_XXL, QWEN_VL, QWEN3_4B = 123_060_480, 694_659_840, 4_762_310_656, 8_292_166_656, 4_022_468_096
 VAE_16 = {**KL_VAE, "latent_channels": 16, "shift_factor": 0.1, "use_quant_conv": False, "use_post_quant_conv": False}

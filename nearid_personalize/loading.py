@@ -1,4 +1,4 @@
-"""What a run begins with: a device, a precision, and a pipeline from a folder or the Hub."""
+"""What a run begins with: a device, a precision, and a pipeline from a folder, a file or the Hub."""
 
 import json
 import os
@@ -34,8 +34,12 @@ def choose_dtype(wanted: str, device: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
 
 
-def load_pipeline(base_model: str, device: str, dtype: torch.dtype) -> "DiffusionPipeline":
-    """A text-to-image pipeline from a folder, the Hub, or the package ("miniworld"); safetensors only.
+def load_pipeline(
+    base_model: str, device: str, dtype: torch.dtype, base_config: str | None = None
+) -> "DiffusionPipeline":
+    """A text-to-image pipeline from a folder, the Hub, one checkpoint file, or the package; safetensors only.
+
+    base_model: "miniworld" names the packaged one. base_config: of a file, see `single_file.load_single_file`.
 
     Raises:
         InputError: the folder is no pipeline or lacks weights, a file is damaged, or the Hub cannot give it.
@@ -48,6 +52,12 @@ def load_pipeline(base_model: str, device: str, dtype: torch.dtype) -> "Diffusio
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     source, revision = split_revision(packaged(base_model, "pipeline"))
+    if Path(source).is_file():
+        from nearid_personalize.single_file import load_single_file
+
+        pipe = load_single_file(Path(source), base_config, dtype, dtype)
+        check_denoiser_precision(pipe, dtype)
+        return pipe.to(device)
     if Path(source).exists():
         _check_pipeline_folder(base_model, Path(source))
     try:

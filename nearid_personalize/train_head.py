@@ -347,7 +347,7 @@ def show_plan(
     trunk: Trunk,
     sets: Sequence[TrainingSet],
     held_out: Sequence[Rows],
-    processes: int,
+    accelerator: Accelerator,
 ) -> None:
     """Print what is going to be trained on what, and what it takes."""
     model = trunk.model
@@ -362,8 +362,10 @@ def show_plan(
     print(f"augment     {Augmentation() if arguments.augment else 'no'}")
     state = "on disk" if kind == "disk" else "live, the trunk runs at every step"
     print(f"tokens      {state}; {arguments.variants} variants on disk: {plan}")
+    processes = accelerator.num_processes
     pictures = arguments.head.batch_size // processes * 2 * arguments.num_views
-    needed = step_bytes(model, pictures, plan.picture_shape) / 1e9
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+    needed = step_bytes(model, pictures, plan.picture_shape, half) / 1e9
     print(f"memory      about {needed:.1f} GB in a step, of each of {processes} processes")
     for name, value in asdict(arguments.head).items():
         print(f"{name:30}{value}")
@@ -399,7 +401,7 @@ def train(
     plan = plan_tokens(arguments, trunk, datasets)
     kind = choose_tokens(arguments, plan, accelerator)
     if accelerator.is_main_process:
-        show_plan(arguments, kind, plan, trunk, sets, held_out, accelerator.num_processes)
+        show_plan(arguments, kind, plan, trunk, sets, held_out, accelerator)
     if arguments.dry_run:
         return None
     given = what_decides(arguments, kind, trunk, sets, held_out)

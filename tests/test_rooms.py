@@ -16,6 +16,7 @@ FLOORS = (
     ("files", "losses", "metrics"),
     ("images",),
     ("encoder", "report"),
+    ("single_file",),
     ("loading",),
     ("data",),
     ("miniworld",),

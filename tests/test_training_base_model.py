@@ -3,16 +3,19 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import tiny_pipelines
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from original_layout import original_layout
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from nearid_personalize.errors import InputError
+from nearid_personalize.loading import load_pipeline
 from nearid_personalize.training.lora.adapters import add_adapters, parameter_groups
 from nearid_personalize.training.lora.base_model import RECOMMENDED, load_base_model
 from nearid_personalize.training.lora.families import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL
@@ -110,20 +113,94 @@ def configuration(folder: Path, target: Path) -> Path:
     return target
 
 
-def test_one_file_in_the_authors_layout_is_the_same_model(tiny_kl_pipeline_dir, tmp_path):
-    expected = StableDiffusionPipeline.from_pretrained(tiny_kl_pipeline_dir)
-    file = tmp_path / "model.safetensors"
-    save_file(original_layout(expected), file)
-    config = configuration(tiny_kl_pipeline_dir, tmp_path / "config")
-    family = load_base_model(
-        LoraOptions.of(base_model=str(file), **UNUSED, source=BaseSource(base_config=str(config))), torch.bfloat16
-    )
-    assert isinstance(family, StableDiffusion)
-    assert (family.pipe.unet.dtype, family.pipe.vae.dtype) == (torch.bfloat16, torch.float32)
-    for name in ("unet", "vae", "text_encoder"):
-        weights = getattr(family.pipe, name).state_dict()
-        for key, tensor in getattr(expected, name).state_dict().items():
+def pipeline(name: str) -> DiffusionPipeline:
+    """A tiny pipeline whose CLIPs differ in width, by which diffusers tells them apart in a file."""
+    if name == "sd":
+        return tiny_pipelines.sd()[0]
+    pipe, _ = getattr(tiny_pipelines, name)(second_width=48)
+    if name == "sd3":
+        torch.nn.init.eye_(pipe.text_encoder.text_projection.weight)  # as diffusers takes it to be
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Callable[[str], tuple[DiffusionPipeline, Path, Path]]:
+    """Pipeline, its folder and its one file, each made once."""
+
+    @cache
+    def save(name: str) -> tuple[DiffusionPipeline, Path, Path]:
+        folder = tmp_path_factory.mktemp(name)
+        pipe = pipeline(name)
+        pipe.save_pretrained(folder / "whole")
+        save_file(original_layout(pipe), folder / "model.safetensors")
+        configuration(folder / "whole", folder / "config")
+        return pipe, folder, folder / "model.safetensors"
+
+    return save
+
+
+def same_weights(pipe: DiffusionPipeline, expected: DiffusionPipeline) -> None:
+    for name, part in expected.components.items():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        weights = getattr(pipe, name).state_dict()
+        for key, tensor in part.state_dict().items():
             assert torch.equal(weights[key], tensor.to(weights[key].dtype)), f"{name} {key}"
+
+
+FAMILY_OF = {"sd": StableDiffusion, "sdxl": StableDiffusionXL, "sd3": StableDiffusion3}
+
+
+@pytest.mark.parametrize("name", FAMILY_OF)
+def test_one_file_in_the_authors_layout_is_the_same_model(name, saved):
+    expected, folder, file = saved(name)
+    source = BaseSource(base_config=str(folder / "config"))
+    family = load_base_model(LoraOptions.of(base_model=str(file), **UNUSED, source=source), torch.bfloat16)
+    assert isinstance(family, FAMILY_OF[name])
+    assert (family.denoiser.dtype, family.pipe.vae.dtype) == (torch.bfloat16, torch.float32)
+    same_weights(family.pipe, expected)
+    pipe = load_pipeline(str(file), "cpu", torch.float32, str(folder / "config"))
+    assert pipe.vae.dtype == torch.float32
+    same_weights(pipe, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "lacking", "part"),
+    [("sd3", "text_encoders.t5xxl.", "text_encoder_3"), ("sdxl", "first_stage_model.", "vae")],
+)
+def test_what_a_file_lacks_comes_from_the_pipeline_of_its_configuration(name, lacking, part, saved, tmp_path):
+    expected, folder, file = saved(name)
+    less = tmp_path / "less.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if not key.startswith(lacking)}, less)
+    same_weights(load(less, source=BaseSource(base_config=str(folder / "whole"))).pipe, expected)
+    for loader in (
+        lambda: load(less, source=BaseSource(base_config=str(folder / "config"))),
+        lambda: load_pipeline(str(less), "cpu", torch.float32, str(folder / "config")),
+    ):
+        with pytest.raises(
+            InputError, match=f"--base-model .*less.safetensors: holds no {part}.*--base-config"
+        ) as error:
+            loader()
+        assert "\n" not in str(error.value)
+
+
+def test_a_flux_transformer_alone_takes_all_else_from_its_pipeline(tmp_path):
+    """In diffusers' own keys: it reads the authors' at the published width alone."""
+    expected, _ = tiny_pipelines.flux()
+    expected.save_pretrained(tmp_path / "whole")
+    file = tmp_path / "flux.safetensors"
+    save_file(expected.transformer.state_dict(), file)
+    family = load(file, source=BaseSource(base_config=str(tmp_path / "whole")))
+    assert isinstance(family, Flux)
+    same_weights(family.pipe, expected)
+
+
+def test_a_pipeline_that_diffusers_reads_from_no_file_is_refused_by_name(tmp_path):
+    pipe, _ = tiny_pipelines.qwen()
+    pipe.save_pretrained(tmp_path / "whole")
+    save_file({"weight": torch.ones(2)}, tmp_path / "qwen.safetensors")
+    with pytest.raises(InputError, match="no QwenImagePipeline from one file; give a folder or Hub id"):
+        load(tmp_path / "qwen.safetensors", source=BaseSource(base_config=str(tmp_path / "whole")))
 
 
 def test_a_single_file_that_cannot_be_read_is_refused(tiny_kl_pipeline_dir, tmp_path):

@@ -17,8 +17,9 @@ from torch import nn
 
 from nearid_personalize.training.lora.families import FAMILIES, Family
 from nearid_personalize.training.lora.loop import LoraOptions, LoraRun
-from nearid_personalize.training.lora.memory import bytes_of, needs_of, outline
+from nearid_personalize.training.lora.memory import needs_of, outline
 from nearid_personalize.training.lora.pictures import read_references
+from nearid_personalize.training.memory import bytes_of
 
 DEVICE = torch.device("cpu:0")
 NAMES = ("sd", "sdxl", "sd3", "flux", "qwen", "z_image")

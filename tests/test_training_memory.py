@@ -11,8 +11,9 @@ from test_training_lora_families import NAMES, folders, load  # noqa: F401 - a f
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.training.lora.memory import Needs, PeakMemory, bytes_of, dry_run, needs_of, outline
+from nearid_personalize.training.lora.memory import Needs, dry_run, needs_of, outline
 from nearid_personalize.training.lora.options import LoraOptions
+from nearid_personalize.training.memory import PeakMemory, bytes_of
 
 ROOT = Path(__file__).parent.parent
 PLAN = LoraOptions.of(

@@ -150,7 +150,7 @@ def qwen_inpaint() -> Built:
     return from_a_picture("QwenImageInpaintPipeline", *qwen())
 
 
-def sdxl() -> Built:
+def sdxl(second_width: int = 32) -> Built:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
     unet = UNet2DConditionModel(
@@ -164,14 +164,14 @@ def sdxl() -> Built:
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         transformer_layers_per_block=(1, 2),
-        projection_class_embeddings_input_dim=80,
-        cross_attention_dim=64,
+        projection_class_embeddings_input_dim=48 + second_width,
+        cross_attention_dim=32 + second_width,
         norm_num_groups=8,
     )
     pipe = StableDiffusionXLPipeline(
         vae=kl_vae(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 2.0, 0.5, 1.5]),
         text_encoder=clip(),
-        text_encoder_2=clip(projection=True),
+        text_encoder_2=clip(second_width, projection=True),
         tokenizer=tiny_tokenizer(),
         tokenizer_2=tiny_tokenizer(),
         unet=unet,
@@ -180,7 +180,7 @@ def sdxl() -> Built:
     return pipe, {"prompt": "sks dog"}
 
 
-def sd3() -> Built:
+def sd3(second_width: int = 32) -> Built:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     transformer = SD3Transformer2DModel(
@@ -192,7 +192,7 @@ def sd3() -> Built:
         num_attention_heads=4,
         joint_attention_dim=32,
         caption_projection_dim=32,
-        pooled_projection_dim=64,
+        pooled_projection_dim=32 + second_width,
         out_channels=4,
     )
     text_encoder_3, tokenizer_3 = t5()
@@ -202,7 +202,7 @@ def sd3() -> Built:
         vae=kl_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=clip(projection=True),
         tokenizer=tiny_tokenizer(),
-        text_encoder_2=clip(projection=True),
+        text_encoder_2=clip(second_width, projection=True),
         tokenizer_2=tiny_tokenizer(),
         text_encoder_3=text_encoder_3,
         tokenizer_3=tokenizer_3,

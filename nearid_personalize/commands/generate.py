@@ -43,7 +43,8 @@ def run_generate(options: Generate) -> int:
         device = choose_device(options.device)
         check_attention(options.attention, device)
         scorer = IdentityScorer.from_pretrained(options.model, device, trunk=options.trunk)
-        pipe = load_pipeline(options.base_model, device, choose_dtype(options.dtype, device))
+        dtype = choose_dtype(options.dtype, device)
+        pipe = load_pipeline(options.base_model, device, dtype, options.base_config)
         if options.lora is not None:
             from nearid_personalize.training.lora.loop import load_lora
 

@@ -154,7 +154,7 @@ class Generate(Guarding):
     """Draw candidates with a diffusers pipeline, keep those that show the subject."""
 
     base_model: str
-    """Text-to-image pipeline: folder, Hub id, or "miniworld"."""
+    """Text-to-image pipeline: folder, Hub id, one .safetensors file, or "miniworld"."""
     references: Path
     """Folder with photos of the subject."""
     prompt: str
@@ -175,6 +175,9 @@ class Generate(Guarding):
     """Candidate k is drawn from seed + k."""
     steps: int = 30
     """Denoising steps."""
+    base_config: str | None = None
+    """Of a base model that is one file: folder or Hub id of a pipeline of its architecture, whose configuration,
+    tokenizers and missing parts are taken. None: found by the file's layers, on the Hub or in its cache."""
     guidance_scale: float | None = None
     """Classifier-free guidance. Default: the pipeline's own."""
     device: Device = "auto"
@@ -369,7 +372,7 @@ class ReportCard(Accepting):
     lora: tuple[Path, ...]
     """LoRA files, or folders of checkpoints; from any trainer whose files diffusers reads."""
     base_model: str
-    """Text-to-image pipeline: folder, Hub id, or "miniworld"."""
+    """Text-to-image pipeline: folder, Hub id, one .safetensors file, or "miniworld"."""
     references: Path
     """Folder with photos of the subject."""
     out: Path = Path("report-card")
@@ -393,6 +396,9 @@ class ReportCard(Accepting):
     """Denoising steps."""
     guidance_scale: float | None = None
     """Classifier-free guidance. Default: the pipeline's own."""
+    base_config: str | None = None
+    """Of a base model that is one file: folder or Hub id of a pipeline of its architecture, whose configuration,
+    tokenizers and missing parts are taken. None: found by the file's layers, on the Hub or in its cache."""
     text_image_model: str | None = None
     """SigLIP or CLIP (Hub id or folder, or "miniworld"): reject pictures that fit the prompt no better than the
     references do."""

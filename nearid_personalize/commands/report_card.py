@@ -43,7 +43,8 @@ def run_report_card(options: ReportCard) -> int:
         device = choose_device(options.device)
         check_attention(options.attention, device)
         sample_judge = _sample_judge(options, references, token, device)
-        pipe = load_pipeline(options.base_model, device, choose_dtype(options.dtype, device))
+        dtype = choose_dtype(options.dtype, device)
+        pipe = load_pipeline(options.base_model, device, dtype, options.base_config)
         pipe.set_progress_bar_config(disable=True)
     say(options.json, sample_judge.subject.describe())
     arguments: dict = {"num_inference_steps": options.steps}

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
@@ -33,6 +35,7 @@ from nearid_personalize.evaluation import Retrieval, evaluate_tokens, into_slots
 from nearid_personalize.files import check_writable, write_atomically
 from nearid_personalize.losses import gather_rows, info_nce_loss, two_tier_loss
 from nearid_personalize.training.checkpoints import whole_checkpoints, write_checkpoint
+from nearid_personalize.training.memory import PeakMemory, bytes_of, emptied
 from nearid_personalize.training.patience import out_of_patience
 
 FINISHED = "training.json"
@@ -449,29 +452,27 @@ class Schedule:
         return torch.cat(positions)[torch.cat(times).argsort(stable=True)]
 
 
-def step_bytes(model: NearIDModel, num_pictures: int, picture_shape: tuple[int, int]) -> int:
-    """Peak memory of a training step, estimated: weights, the head's gradients and moments, tokens, activations.
+def step_bytes(
+    model: NearIDModel, num_pictures: int, picture_shape: tuple[int, int], autocast: torch.dtype | None = None
+) -> int:
+    """Peak memory of a training step: the model, the head's gradients and moments, tokens, activations.
 
-    num_pictures: m of a batch in one process. picture_shape: (T, D) of their tokens. Nothing is computed: the head runs
-    on tensors without content.
+    num_pictures: m of a batch in one process. picture_shape: (T, D) of their tokens. autocast: half precision of the
+    head's arithmetic. Nothing is computed: the step is done on fake tensors.
     """
-    head = copy.deepcopy(model.head).to("meta")
-    own = {parameter.untyped_storage()._cdata for parameter in head.parameters()}
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = storage
-        return tensor
-
-    tokens = torch.empty(num_pictures, *picture_shape, dtype=torch.float16, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        attention_pool(head, tokens.float())
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    trained = sum(parameter.nbytes for parameter in model.head.parameters())
-    # As read, half of a float32 copy; beside them the next batch's.
-    return weights + 3 * trained + 2 * tokens.nbytes + sum(storage.nbytes() for storage in saved.values())
+    head = copy.deepcopy(model.head)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        emptied(head, "cpu")
+        with PeakMemory(head.parameters()) as memory:
+            moments = [torch.empty_like(weight) for weight in head.parameters() for _ in range(2)]
+            following = torch.empty(num_pictures, *picture_shape, dtype=torch.float16)  # read ahead
+            tokens = torch.empty_like(following)
+            with torch.autocast("cpu", autocast) if autocast else nullcontext():
+                pooled = attention_pool(head, tokens.float())
+                F.normalize(pooled.float(), dim=-1).sum().backward()
+            step = memory.peak
+        del moments, following, tokens
+    return bytes_of(model) + step
 
 
 def warmup_cosine(step: int, warmup_steps: int, steps: int) -> float:

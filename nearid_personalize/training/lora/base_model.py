@@ -6,22 +6,18 @@ A folder may recommend learning rates in `lora_training.json`:
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.hub import HUB_ERRORS, download_fault, split_revision
+from nearid_personalize.hub import split_revision
 from nearid_personalize.loading import check_denoiser_precision
 from nearid_personalize.names import packaged
+from nearid_personalize.single_file import GIVE_CONFIG, config_of_file, load_single_file, named_faults
 from nearid_personalize.training.lora.families import Family, family_class
 from nearid_personalize.training.lora.options import RATES, LoraOptions, require
 
@@ -38,8 +34,8 @@ def load_base_model(options: LoraOptions, dtype: torch.dtype) -> Family:
     Raises InputError for what is no pipeline, lacks weights, or cannot be trained here.
     """
     family, (source, _) = family_of(options), base_model_source(options)
-    load = load_single_file if Path(source).is_file() else load_folder
-    with named_faults(options):
+    load = load_file if Path(source).is_file() else load_folder
+    with faults_of(options):
         pipe = load(family, options, dtype)
     check_denoiser_precision(pipe, dtype)
     pipe.set_progress_bar_config(disable=True)
@@ -70,17 +66,10 @@ def family_of(options: LoraOptions) -> type[Family]:
 def read_index(options: LoraOptions) -> tuple[dict[str, Any], str, str | None]:
     """The base model's `model_index.json`, and where its configurations lie: folder or Hub id, and revision."""
     source, revision = base_model_source(options)
-    with named_faults(options):
+    with faults_of(options):
         if Path(source).is_file():
-            source, revision = config_of_file(Path(source), options), None
+            source, revision = config_of_file(Path(source), options.source.base_config), None
         return DiffusionPipeline.load_config(source, revision=revision), source, revision
-
-
-def config_of_file(file: Path, options: LoraOptions) -> str:
-    """Folder or Hub id of the pipeline that a checkpoint file holds the weights of: told, or known by its layers."""
-    if file.suffix != ".safetensors":
-        raise InputError(f"--base-model {file}: only .safetensors files are read; convert it, or give a folder")
-    return options.source.base_config or fetch_diffusers_config(load_file(file))["pretrained_model_name_or_path"]
 
 
 def load_folder(family: type[Family], options: LoraOptions, dtype: torch.dtype) -> DiffusionPipeline:
@@ -96,19 +85,10 @@ def load_folder(family: type[Family], options: LoraOptions, dtype: torch.dtype) 
     )
 
 
-def load_single_file(family: type[Family], options: LoraOptions, dtype: torch.dtype) -> DiffusionPipeline:
+def load_file(family: type[Family], options: LoraOptions, dtype: torch.dtype) -> DiffusionPipeline:
     """Load one checkpoint file whose keys are those of the model's authors."""
-    source = options.base_model
-    config = config_of_file(Path(source), options)
-    index = DiffusionPipeline.load_config(config)
-    vae_class = getattr(diffusers, index["vae"][1])
-    return getattr(diffusers, index["_class_name"]).from_single_file(
-        source,
-        config=config,
-        dtype=dtype,
-        vae=vae_class.from_single_file(source, config=config, subfolder="vae", dtype=torch.float32),
-        **(NO_CHECKER if family.has_checker else {}),
-    )
+    file, base_config = Path(base_model_source(options)[0]), options.source.base_config
+    return load_single_file(file, base_config, dtype, torch.float32, **(NO_CHECKER if family.has_checker else {}))
 
 
 def recommended_rates(folder: Path) -> dict[str, float]:
@@ -128,23 +108,14 @@ def recommended_rates(folder: Path) -> dict[str, float]:
     return rates
 
 
-@contextmanager
-def named_faults(options: LoraOptions) -> Iterator[None]:
-    """Turn what the libraries say of files that are missing or damaged into one line that names the flag."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise InputError(f"--base-model {options.base_model}: damaged weights ({error}); get the file again") from None
-    except InputError:  # a ValueError too
-        raise
-    except (*HUB_ERRORS, ValueError, SingleFileComponentError) as error:
-        reason = download_fault(error)
-        raise InputError(f"--base-model {options.base_model}: {reason}; {_advice(options)}") from error
+def faults_of(options: LoraOptions) -> AbstractContextManager[None]:
+    """Inside, what the libraries say of files that are missing or damaged becomes one line that names the flag."""
+    return named_faults(options.base_model, _advice(options))
 
 
 def _advice(options: LoraOptions) -> str:
     if Path(options.base_model).is_file():
-        return "give --base-config, the folder or Hub id of a pipeline of the same architecture"
+        return GIVE_CONFIG
     if options.source.variant:
         return f"has it the --variant {options.source.variant}?"
     if options.source.revision:

@@ -286,7 +286,8 @@ class BaseSource:
     """Branch, tag or commit of a Hub repository. None: main."""
     base_config: str | None = None
     """Of a base model that is one .safetensors file: folder or Hub id of a pipeline of the same architecture, whose
-    configuration and tokenizers are taken. None: found by the file's layers, on the Hub or in its cache."""
+    configuration, tokenizers and missing parts are taken. None: found by the file's layers, on the Hub or in its
+    cache."""
 
 
 @dataclass(frozen=True)
