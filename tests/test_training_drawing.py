@@ -3,7 +3,6 @@
 There is no second device here. "cpu:0" stands for it: modules stay where they are, and a spy notes where each was sent.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,16 +126,17 @@ def test_embeddings_that_are_given_are_not_remembered(folders):  # noqa: F811
 @pytest.mark.parametrize("text_rank", [0, 2])
 def test_encoders_that_are_trained_stay(text_rank, tiny_kl_pipeline_dir, photo_dir, tmp_path):
     """And what they say of a prompt is asked anew each time, for it changes."""
-    options = LoraOptions(
+    options = LoraOptions.of(
         base_model=str(tiny_kl_pipeline_dir),
         references=photo_dir,
         output=tmp_path,
         text_rank=text_rank,
         rank=2,
-        steps=2,
+        batch_size=1,
+        resolution=32,
+        precision="fp32",
     )
-    options = dataclasses.replace(options, batch_size=1, resolution=32, precision="fp32")
-    run = LoraRun(options, Accelerator(), read_references(options))
+    run = LoraRun.open(options, Accelerator(), read_references(options.data))
     calls: list[int] = []
     run.family.pipe.text_encoder.register_forward_pre_hook(lambda module, args: calls.append(1))
     for _ in range(2):
@@ -157,13 +157,13 @@ def test_a_sharded_denoiser_stays(folders):  # noqa: F811
 
 
 def test_the_plan_counts_the_larger_of_the_two(folders):  # noqa: F811
-    options = LoraOptions(base_model=str(folders("sd")), references=Path(), output=Path(), resolution=32)
-    options = dataclasses.replace(options, validate_every=1, batch_size=1)
+    options = LoraOptions.of(base_model=str(folders("sd")), references=Path(), output=Path(), resolution=32)
+    options = options.but(validate_every=1, batch_size=1)
 
     def drawing_phase(text_rank: int) -> tuple[int, int]:
         family = outline(options, torch.bfloat16)
         texts = sum(bytes_of(encoder) for encoder in family.text_encoders().values())
-        told = dataclasses.replace(options, text_rank=text_rank)
+        told = options.but(text_rank=text_rank)
         return needs_of(family, told, "cuda", torch.bfloat16).phases["drawing"], texts
 
     (frozen, texts), (trained, _) = drawing_phase(0), drawing_phase(4)
