@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nearid_personalize.encoder.model import NearIDConfig as NearIDConfig
     from nearid_personalize.encoder.model import NearIDModel as NearIDModel
     from nearid_personalize.errors import InputError as InputError
+    from nearid_personalize.gallery.gallery import Gallery as Gallery
     from nearid_personalize.guard.guard import IdentityGuard as IdentityGuard
     from nearid_personalize.guard.policy import FixedSchedule as FixedSchedule
     from nearid_personalize.guard.policy import RacingPolicy as RacingPolicy
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
     from nearid_personalize.scorer.ranking import Ranking as Ranking
     from nearid_personalize.scorer.scorer import IdentityScorer as IdentityScorer
     from nearid_personalize.scorer.subject import Subject as Subject
+    from nearid_personalize.verification import verify as verify
 
 _HOME_OF = {
     "CalibrationBank": "scorer.calibration",
     "FixedSchedule": "guard.policy",
+    "Gallery": "gallery.gallery",
     "IdentityGuard": "guard.guard",
     "IdentityScorer": "scorer.scorer",
     "InputError": "errors",
@@ -37,6 +40,7 @@ _HOME_OF = {
     "RacingPolicy": "guard.policy",
     "Ranking": "scorer.ranking",
     "Subject": "scorer.subject",
+    "verify": "verification",
 }
 __all__ = ["__version__", *_HOME_OF]
 

@@ -14,7 +14,9 @@ from nearid_personalize.commands.flags import parse_flags, quieten_libraries, ru
 from nearid_personalize.commands.options import (
     Demo,
     Distractors,
+    Embed,
     Evaluate,
+    Gallery,
     Generate,
     Pairs,
     Quickstart,
@@ -29,6 +31,8 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "quickstart": (Quickstart, "commands.quickstart:run_quickstart"),
     "score": (Score, "commands.score:run_score"),
     "verify": (Verify, "commands.verify:run_verify"),
+    "gallery": (Gallery, "commands.gallery:run_gallery"),
+    "embed": (Embed, "commands.embed:run_embed"),
     "generate": (Generate, "commands.generate:run_generate"),
     "distractors": (Distractors, "commands.distractors:run_distractors"),
     "evaluate": (Evaluate, "commands.evaluate:run_evaluate"),

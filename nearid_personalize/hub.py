@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import errors, snapshot_download
 
@@ -29,14 +30,16 @@ def split_revision(name: str) -> tuple[str, str | None]:
     return (found["id"], found["revision"]) if found and not Path(name).exists() else (name, None)
 
 
-def download(name: str, patterns: Sequence[str]) -> Path:
-    """The local folder of a model repository: what fits `patterns`, downloaded unless it is in the cache.
+def download(name: str, patterns: Sequence[str], repository_type: Literal["model", "dataset"] = "model") -> Path:
+    """The local folder of a repository: what fits `patterns`, downloaded unless it is in the cache.
 
     name: owner/name, or owner/name@revision. Raises InputError, which says why it cannot be had.
     """
     repository, revision = split_revision(name)
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+        return Path(
+            snapshot_download(repository, repo_type=repository_type, revision=revision, allow_patterns=list(patterns))
+        )
     except HUB_ERRORS as error:
         raise InputError(f"{name}: {download_fault(error)}") from None
 

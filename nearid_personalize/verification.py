@@ -13,13 +13,12 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
 from nearid_personalize.driftmap import DriftMap, drift_map
 from nearid_personalize.errors import InputError
 from nearid_personalize.images import ImageSource
-from nearid_personalize.scorer.calibration import smallest_rate
+from nearid_personalize.scorer.calibration import combined, p_values, smallest_rate
 from nearid_personalize.scorer.scorer import IdentityScorer, Images
 from nearid_personalize.scorer.subject import Subject, identity_scores
 
@@ -60,27 +59,6 @@ class Verification:
             return None
         scorer, picture, references = self._where
         return drift_map(scorer, picture, references)
-
-
-def p_values(scores: Tensor, known: Tensor) -> Tensor:
-    """Scores [N], known scores [B,K] of B exchangeable subjects -> share in (0, 1] that score as high or higher.
-
-    The conformal p-value: one further subject, whose K scores all count as higher, is added to the known ones
-    (`conformal_threshold` is its inverse). A picture of a further known-like subject has a p-value of at most r with
-    probability <= r.
-    """
-    count, each = known.shape
-    ordered = known.flatten().sort().values
-    higher = ordered.numel() - torch.searchsorted(ordered, scores.to(ordered.dtype).contiguous())
-    return (higher + each).double() / ((count + 1) * each)
-
-
-def combined(p: Tensor) -> float:
-    """P-values [N] of one item's pictures -> one for the item: twice their mean, at most 1.
-
-    Valid however the pictures depend on each other (Rüschendorf, 1982; Vovk and Wang, Biometrika 107, 2020).
-    """
-    return float(p[0]) if len(p) == 1 else min(1.0, 2 * float(p.mean()))
 
 
 def verify(

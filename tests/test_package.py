@@ -19,7 +19,7 @@ from packaging.version import Version
 import nearid_personalize
 
 RUN_EXTRAS = ("generate", "train", "demo", "heic", "mcp", "prodigy")
-HEAVY = ("datasets", "diffusers", "peft", "accelerate", "gradio")
+HEAVY = ("datasets", "diffusers", "peft", "accelerate", "gradio", "lancedb", "qdrant_client", "ray")
 COMMANDS = ("quickstart", "score", "generate", "distractors", "evaluate", "report-card", "pairs", "demo")
 
 
@@ -103,7 +103,9 @@ def test_floors_are_the_versions_that_are_run_together():
         assert Version(pins[name]) in SpecifierSet(f"=={floor}.*"), name
 
 
-@pytest.mark.parametrize("package", ["", ".encoder", ".scorer", ".floors", ".guard", ".lora", ".training.lora"])
+@pytest.mark.parametrize(
+    "package", ["", ".encoder", ".scorer", ".floors", ".guard", ".gallery", ".lora", ".training.lora"]
+)
 def test_every_public_name_says_what_it_is(package):
     module = importlib.import_module(f"nearid_personalize{package}")
     for name in module.__all__:

@@ -10,10 +10,10 @@ from PIL import Image
 from nearid_personalize import InputError
 from nearid_personalize.cli import main
 from nearid_personalize.miniworld import identity_row, photos
-from nearid_personalize.scorer.calibration import conformal_threshold
+from nearid_personalize.scorer.calibration import combined, conformal_threshold, p_values
 from nearid_personalize.scorer.scorer import IdentityScorer
 from nearid_personalize.scorer.subject import Subject
-from nearid_personalize.verification import combined, judge, judge_by_threshold, p_values, verify
+from nearid_personalize.verification import judge, judge_by_threshold, verify
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
 
 from nearid_personalize.attention import Attention
 from nearid_personalize.errors import InputError
@@ -100,8 +102,10 @@ class Score(Accepting):
 
     references: Path
     """Folder with photos of the subject."""
-    images: Path
+    images: Path | None = None
     """Folder with the pictures to score, or one picture."""
+    embeddings: Path | None = None
+    """Folder that `nearid embed` wrote, in the place of images."""
     model: str = RELEASED_MODEL
     """NearID encoder: Hub id, folder, or "miniworld" (for the toy world only)."""
     trunk: str | None = None
@@ -112,6 +116,11 @@ class Score(Accepting):
     """Folder for report.json and contact_sheet.png. Default: nothing is written."""
     json: bool = False
     """Print the report to stdout as JSON, and nothing else."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.images is None) == (self.embeddings is None):
+            raise InputError("--images: give either --images or --embeddings")
 
 
 @dataclass(frozen=True)
@@ -147,6 +156,144 @@ class Verify:
             rate = getattr(self, name)
             if not 0 < rate < 1:
                 raise InputError(f"--{name.replace('_', '-')} {rate:g}: give a share between 0 and 1, such as 0.01")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InGallery:
+    """Which gallery; shared by what is done with one."""
+
+    gallery: str
+    """Folder of the gallery (LanceDB, or what else that opens), or qdrant://host:port/collection."""
+    json: bool = False
+    """Print the report to stdout as JSON, and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """The encoder of a command; shared by those that need one alone."""
+
+    model: str = RELEASED_MODEL
+    """NearID encoder: Hub id, folder, or "miniworld" (for the toy world only)."""
+    trunk: str | None = None
+    """Trunk of a head that was saved alone, when it is not where it was: Hub id or folder."""
+    device: Device = "auto"
+    """Where the encoder runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GalleryAdd(Encoding, InGallery):
+    """Add photos of subjects to a gallery, or pictures that show none of them. Makes the gallery if there is none."""
+
+    photos: Path | None = None
+    """Folder of photos of the subject --name; without a name a folder of folders, each a subject of that name."""
+    embeddings: Path | None = None
+    """Folder that `nearid embed` wrote, in the place of photos: the folder of a picture is its subject."""
+    negatives: Path | None = None
+    """Folder of pictures that show none of the subjects, to set the accept threshold by: 99 state a rate of 0.01."""
+    name: str | None = None
+    """The subject that all of it shows."""
+    metadata: tuple[str, ...] = ()
+    """Facts of these subjects to search by: owner=me age=3."""
+
+    def __post_init__(self) -> None:
+        if self.photos is None and self.embeddings is None and self.negatives is None:
+            raise InputError("--photos: missing; give --photos, --embeddings or --negatives")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GallerySearch(Encoding, InGallery):
+    """Say which subject of a gallery each picture shows, if any."""
+
+    images: Path
+    """One picture, or a folder: each picture in it is a query, and so is each of its folders, with all its pictures."""
+    false_accept_rate: float | None = None
+    """Share of strangers that may be taken for a subject of the gallery, 0 to 1. Default: 0.01, or the smallest that
+    the gallery can state."""
+    where: tuple[str, ...] = ()
+    """Search only subjects with these facts: owner=me owner=you age=3."""
+    limit: int = 5
+    """Subjects named for each query in the report."""
+    exact: bool = False
+    """Look at every subject of a gallery with an index, too."""
+    out: Path | None = None
+    """Folder for report.json. Default: nothing is written."""
+
+    def __post_init__(self) -> None:
+        _at_least("limit", self.limit, 1)
+        rate = self.false_accept_rate
+        if rate is not None and not 0 < rate < 1:
+            raise InputError(f"--false-accept-rate {rate:g}: give a share between 0 and 1, such as 0.01")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GalleryList(InGallery):
+    """List the subjects of a gallery."""
+
+    where: tuple[str, ...] = ()
+    """List only subjects with these facts: owner=me owner=you age=3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GalleryRename(InGallery):
+    """Give a subject of a gallery another name."""
+
+    name: str
+    """The subject."""
+    to: str
+    """Its new name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GalleryRemove(InGallery):
+    """Remove a subject from a gallery."""
+
+    name: str
+    """The subject."""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Keep many subjects, and say which of them a picture shows, if any."""
+
+    command: Annotated[
+        Annotated[GalleryAdd, tyro.conf.subcommand("add", prefix_name=False)]
+        | Annotated[GallerySearch, tyro.conf.subcommand("search", prefix_name=False)]
+        | Annotated[GalleryList, tyro.conf.subcommand("list", prefix_name=False)]
+        | Annotated[GalleryRename, tyro.conf.subcommand("rename", prefix_name=False)]
+        | Annotated[GalleryRemove, tyro.conf.subcommand("remove", prefix_name=False)],
+        tyro.conf.arg(name=""),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed(Encoding):
+    """Embed any number of pictures into shards, for `gallery add --embeddings` and `score --embeddings`."""
+
+    images: str
+    """Folder of pictures, parquet files or WebDataset tars (searched to its depth), one such file, s3://..., or a Hub
+    data set."""
+    out: str
+    """Folder or s3://... of the shards. A run that was stopped goes on where it was; one folder for each source."""
+    engine: Literal["local", "ray"] = "local"
+    """local: in this process. ray: on Ray, on this machine or the cluster that RAY_ADDRESS names; extra [bulk]."""
+    workers: int = 1
+    """Ray workers, each with an encoder of its own."""
+    gpus_per_worker: float = 0.0
+    """Share of a GPU that each Ray worker takes: 0.5 puts two on one, so that one decodes while the other embeds."""
+    batch_size: int = 64
+    """Pictures embedded at once."""
+    column: str | None = None
+    """Of parquet: the column of the pictures. Default: the first that holds any."""
+    json: bool = False
+    """Print the report to stdout as JSON, and nothing else."""
+
+    def __post_init__(self) -> None:
+        _at_least("workers", self.workers, 1)
+        _at_least("batch-size", self.batch_size, 1)
+        if self.gpus_per_worker < 0:
+            raise InputError(f"--gpus-per-worker {self.gpus_per_worker:g}: must be 0 or more")
+        if self.engine == "local" and (self.workers > 1 or self.gpus_per_worker):
+            raise InputError("--workers, --gpus-per-worker: are Ray's; give --engine ray")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow.parquet  # type: ignore[import-untyped]
+import pyarrow.parquet
 
 from nearid_personalize.errors import InputError
 from nearid_personalize.hub import HUB_ERRORS, download_fault, split_revision

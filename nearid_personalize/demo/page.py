@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from nearid_personalize.demo import pictures, words
 from nearid_personalize.demo.api import PHOTO_FILES, add_endpoints
 from nearid_personalize.demo.handlers import SAMPLE_PETS, Handlers, answering
 from nearid_personalize.demo.studio import Studio
 from nearid_personalize.demo.visitors import Visitors
-from nearid_personalize.errors import InputError
-from nearid_personalize.images import load_upload
+from nearid_personalize.demo.who import who_tab
 from nearid_personalize.miniworld import CATEGORIES, example_references
 
 STYLE = Path(__file__).with_name("style.css")
@@ -61,6 +59,8 @@ def build(studio: Studio, visitors: Visitors, steps: int = 20, lora: Path | None
                 picture_widgets(widgets, handlers, steps)
             with gr.Tab("Compare"):
                 compare_tab(studio, visitors.max_photos)
+            with gr.Tab("Who is it?"):
+                who_tab(studio, visitors.max_photos, widgets["visit"])
             with gr.Tab("Report card"):
                 card_widgets(widgets)
         connect(handlers, page, widgets)
@@ -240,7 +240,7 @@ def compare_tab(studio: Studio, max_photos: int) -> None:
 
     def show(side: str, files: list[str] | None) -> dict[str, str]:
         shown = []
-        for number, picture in enumerate(pictures_from(files, max_photos), 1):
+        for number, picture in enumerate(pictures.uploaded(files, max_photos), 1):
             shown.append(pictures.Tile(picture, f"{side} {number}"))
         return {side: pictures.tiles(shown, clickable=False)}
 
@@ -251,7 +251,7 @@ def compare_tab(studio: Studio, max_photos: int) -> None:
         return show("right", right_files)
 
     def compare(left_files: list[str] | None, right_files: list[str] | None) -> dict[str, str]:
-        left, right = pictures_from(left_files, max_photos), pictures_from(right_files, max_photos)
+        left, right = pictures.uploaded(left_files, max_photos), pictures.uploaded(right_files, max_photos)
         found = studio.compare(left, right)
         figures = pictures.side_by_side(
             pictures.figure(left[found.drift.nearest], "The left picture most like it"),
@@ -276,10 +276,3 @@ def compare_tab(studio: Studio, max_photos: int) -> None:
     widgets["answer"] = gr.HTML(elem_id="comparison")
     both = {widgets["left_files"], widgets["right_files"]}
     button.click(answering(compare, widgets), both, widgets["answer"], **PRIVATE)
-
-
-def pictures_from(files: Sequence[str] | None, limit: int) -> list[Image.Image]:
-    """Uploaded files as pictures; the complaint about one names it as its owner does."""
-    if len(files or ()) > limit:
-        raise InputError(f"{len(files or ())} pictures are too many; at most {limit} are taken")
-    return [load_upload(Path(file), Path(file).name) for file in files or ()]

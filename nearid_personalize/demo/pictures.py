@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from io import BytesIO
+from pathlib import Path
 
 from PIL import Image
 
 from nearid_personalize.demo import words
+from nearid_personalize.errors import InputError
 from nearid_personalize.guard.result import Candidate, RaceProgress
+from nearid_personalize.images import load_upload
 from nearid_personalize.photos import PhotoCheck
 from nearid_personalize.report import fitted
 
@@ -94,3 +97,10 @@ def tiles_under_way(progress: RaceProgress) -> list[Tile]:
 def picture_of(candidate: Candidate) -> Image.Image | None:
     """What there is to see of a candidate: its picture, or where it was stopped, its last preview."""
     return candidate.image or candidate.last_preview
+
+
+def uploaded(files: Sequence[str] | None, limit: int) -> list[Image.Image]:
+    """Uploaded files as pictures; the complaint about one names it as its owner does."""
+    if len(files or ()) > limit:
+        raise InputError(f"{len(files or ())} pictures are too many; at most {limit} are taken")
+    return [load_upload(Path(file), Path(file).name) for file in files or ()]

@@ -3,7 +3,8 @@
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +33,7 @@ from nearid_personalize.verification import Verification, verify
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from nearid_personalize.gallery import Gallery
     from nearid_personalize.lora.card import ReportCard
     from nearid_personalize.training.lora.loop import LoraOptions, Snapshot
 
@@ -214,6 +216,14 @@ class Studio:
         with self._looking:
             (answer,) = verify(self.scorer, self.scorer.enroll(first), [list(second)])
         return Comparison(answer=answer, drift=self.drift(second[answer.nearest_picture], first))
+
+    @contextmanager
+    def gallery(self, folder: Path) -> "Iterator[Gallery]":
+        """The gallery in a folder, made where there is none."""
+        from nearid_personalize.gallery import Gallery
+
+        with self._looking:
+            yield Gallery.open(folder, self.scorer)
 
     # Long jobs: one at a time
 

@@ -111,7 +111,7 @@ def write_parquet(rows: Rows, places: Sequence[Place], records: Records, folder:
     """
     try:
         import datasets
-        import pyarrow.parquet  # type: ignore[import-untyped]
+        import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise InputError(f"--parquet: needs {error.name}; pip install 'nearid-personalize[train]'") from None
     folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from nearid_personalize.errors import InputError
 Aggregation = Literal["mean", "max", "centroid"]
 
 
-Source = Literal["negatives", "bank", "uncalibrated"]
+Source = Literal["negatives", "gallery", "bank", "uncalibrated"]
 
 
 DEFAULT_FALSE_ACCEPT_RATE = 0.01
@@ -90,12 +90,34 @@ def conformal_threshold(impostor: Tensor, false_accept_rate: float) -> float:
     return float(torch.nextafter(refused, torch.tensor(math.inf)))  # the next float32, as scores are float32
 
 
+def p_values(scores: Tensor, known: Tensor) -> Tensor:
+    """Scores [N], known scores [B,K] of B exchangeable subjects -> share in (0, 1] that score as high or higher.
+
+    The conformal p-value: one further subject, whose K scores all count as higher, is added to the known ones
+    (`conformal_threshold` is its inverse). A picture of a further known-like subject has a p-value of at most r with
+    probability <= r.
+    """
+    count, each = known.shape
+    ordered = known.flatten().sort().values
+    higher = ordered.numel() - torch.searchsorted(ordered, scores.to(ordered.dtype).contiguous())
+    return (higher + each).double() / ((count + 1) * each)
+
+
+def combined(p: Tensor) -> float:
+    """P-values [N] of one item's pictures -> one for the item: twice their mean, at most 1.
+
+    Valid however the pictures depend on each other (Rüschendorf, 1982; Vovk and Wang, Biometrika 107, 2020).
+    """
+    return float(p[0]) if len(p) == 1 else min(1.0, 2 * float(p.mean()))
+
+
 @dataclass(frozen=True)
 class ThresholdOrigin:
     """How an accept threshold was set, and the error rates to expect."""
 
     source: Source = "uncalibrated"
-    """"negatives" given at enrolment, the "bank" of the encoder, or "uncalibrated" (a rule of thumb)."""
+    """"negatives" given, subjects of a "gallery" against each other, the "bank" of the encoder, or "uncalibrated" (a
+    rule of thumb)."""
     false_accept_rate: float | None = None
     """Largest share in [0, 1] of impostors accepted; None: unknown."""
     guaranteed: bool = False
@@ -110,9 +132,11 @@ class ThresholdOrigin:
     def __str__(self) -> str:
         if self.false_accept_rate is None:
             return "not calibrated, error rates unknown"
-        whose = f"near-identities (by {self.num_negatives} subjects of the calibration bank)"
-        if self.source == "negatives":
-            whose = f"pictures like the {self.num_negatives} negatives given"
+        whose = {
+            "negatives": f"pictures like the {self.num_negatives} negatives given",
+            "gallery": f"strangers (by {self.num_negatives} subjects of the gallery, each against the others)",
+            "bank": f"near-identities (by {self.num_negatives} subjects of the calibration bank)",
+        }[self.source]
         line = f"accepts {'at most' if self.guaranteed else 'about'} {self.false_accept_rate:.2%} of {whose}"
         if self.false_reject_rate is None:
             return line
