@@ -45,7 +45,7 @@ from nearid_personalize.data.cache import (
 )
 from nearid_personalize.data.previews import Previews, load_previews
 from nearid_personalize.data.reconstruct import Reconstruction, load_reconstruction
-from nearid_personalize.encoder.checkpoints import load_encoder, trunk_fingerprint
+from nearid_personalize.encoder.checkpoints import check_released_layout, load_encoder, trunk_fingerprint
 from nearid_personalize.encoder.model import NearIDModel
 from nearid_personalize.encoder.preprocessing import Preprocessing
 from nearid_personalize.errors import InputError
@@ -59,6 +59,7 @@ from nearid_personalize.training.head import (
     Given,
     HeadOptions,
     HeadResult,
+    Layout,
     TrainingFacts,
     accelerator_for,
     check_resumable,
@@ -124,6 +125,8 @@ class Arguments:
     """Of the frozen trunk's arithmetic. auto: that of --mixed-precision, or of the launcher's."""
     head_alone: bool = False
     """Export the head without the trunk, whose id and fingerprint go along: 15 M parameters in place of 428 M."""
+    released_layout: bool = False
+    """Export the model as Aleksandar/nearid-siglip2 is laid out, for its authors' own class; SigLIP trunks only."""
     attention: Attention = "auto"
     """What computes the trunk's attention. auto: its own. flash needs a CUDA GPU, half precision and flash-attn."""
     num_workers: int | None = None
@@ -144,6 +147,15 @@ class Arguments:
         ):
             if value < least:
                 raise InputError(f"{flag} must be at least {least}, got {value}")
+        if self.head_alone and self.released_layout:
+            raise InputError("--released-layout is of a whole model: drop --head-alone")
+
+    @property
+    def layout(self) -> Layout:
+        """How the model is exported."""
+        if self.head_alone:
+            return "head"
+        return "released" if self.released_layout else "model"
 
 
 def parse(flags: Sequence[str] | None = None) -> Arguments:
@@ -395,6 +407,8 @@ def train(
     accelerator: Accelerator,
 ) -> HeadResult | None:
     """Show the plan, then train and export, unless a dry run is asked for."""
+    if arguments.released_layout:
+        check_released_layout(model)
     transform = open_transform(arguments, accelerator.device)
     trunk = Trunk(model, preprocessing, transform, trunk_precision(arguments, accelerator))
     datasets = open_datasets(arguments, sets, preprocessing.size)
@@ -426,7 +440,7 @@ def train(
             num_identities=sum(len(share.rows) for share in sets),
             num_validation=sum(map(len, held_out)),
         )
-        export(arguments.head, model, preprocessing, result, facts, arguments.head_alone, given)
+        export(arguments.head, model, preprocessing, result, facts, arguments.layout, given)
         for step, retrieval in result.validation.items():
             low, high = retrieval.ssr_interval
             print(f"step {step:6}  SSR {retrieval.ssr:.3f} [{low:.3f}, {high:.3f}]  PA {retrieval.pa:.3f}")

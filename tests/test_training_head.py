@@ -250,8 +250,17 @@ def test_a_head_alone_goes_back_on_its_trunk(tmp_path):
     model, options = tiny_model(), quick_options(tmp_path / "out")
     result = train_head(options, model, tokens_of(Tiles(9)))
     facts = dataclasses.replace(FACTS, trunk=str(tmp_path / "trunk"))
-    export(options, model, PREPROCESSING, result, facts, head_alone=True)
+    export(options, model, PREPROCESSING, result, facts, layout="head")
     assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert same(weights(load_encoder(tmp_path / "out")[0]), weights(model))
+
+
+def test_a_model_is_exported_for_its_authors_own_class(tmp_path):
+    model, options = tiny_model(), quick_options(tmp_path / "out")
+    result = train_head(options, model, tokens_of(Tiles(9)))
+    export(options, model, PREPROCESSING, result, FACTS, layout="released")
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert names and all(name.startswith("backbone.vision_model.") for name in names)
     assert same(weights(load_encoder(tmp_path / "out")[0]), weights(model))
 
 

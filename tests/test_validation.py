@@ -69,8 +69,7 @@ def told(tiny_nearid_dir: Path) -> ValidationOptions:
 
 def still(options: LoraOptions, **more: object) -> LoraOptions:
     """Rates so low that every checkpoint draws the same pictures."""
-    return replace(
-        options,
+    return options.but(
         learning_rate=1e-12,
         text_learning_rate=1e-12,
         token_learning_rate=1e-12,

@@ -194,6 +194,13 @@ def _read_head(folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 # --- the released layout ---------------------------------------------------------------------------------------------
+def check_released_layout(model: "NearIDModel") -> None:
+    """Raise InputError where the layout has no place for the model's trunk."""
+    trunk = model.config.vision_config
+    if trunk.model_type != _RELEASED_TRUNK or not getattr(trunk, "vision_use_head", True):
+        raise InputError(f"trunk {trunk.model_type}: the released layout is for SigLIP trunks; use save_pretrained")
+
+
 def export_released_layout(
     model: "NearIDModel", folder: str | Path, preprocessing: Preprocessing, dtype: torch.dtype = torch.float32
 ) -> None:
@@ -202,9 +209,8 @@ def export_released_layout(
     Keys are `backbone.vision_model.*`, in `dtype` (theirs: float16). Raises InputError for trunks other than
     SigLIP's with its own head.
     """
+    check_released_layout(model)
     trunk = model.config.vision_config
-    if trunk.model_type != _RELEASED_TRUNK or not getattr(trunk, "vision_use_head", True):
-        raise InputError(f"trunk {trunk.model_type}: the released layout is for SigLIP trunks; use save_pretrained")
     config = {
         "architectures": ["NearIDModel"],
         "model_type": "nearid",

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from nearid_personalize.data.cache import ReadAhead, TokenCache, TokenSource
-from nearid_personalize.encoder.checkpoints import save_head
+from nearid_personalize.encoder.checkpoints import export_released_layout, save_head
 from nearid_personalize.encoder.model import NearIDModel
 from nearid_personalize.encoder.pooling import attention_pool
 from nearid_personalize.encoder.preprocessing import Preprocessing
@@ -43,6 +43,9 @@ FINISHED = "training.json"
 
 RECIPE = "recipe.json"
 """In a checkpoint: what decided what was learnt."""
+
+Layout = Literal["model", "head", "released"]
+"""What is exported: the whole model, its head alone, or the model as its authors' own class reads it."""
 
 
 class Given(NamedTuple):
@@ -578,12 +581,14 @@ def export(
     preprocessing: Preprocessing,
     result: HeadResult,
     facts: TrainingFacts,
-    head_alone: bool = False,
+    layout: Layout = "model",
     given: Mapping[str, Given] | None = None,
 ) -> None:
-    """Write the model (or its head alone), README.md and training.json to `output`; drop the checkpoints."""
-    if head_alone:
+    """Write the model, README.md and training.json to `output`; drop the checkpoints."""
+    if layout == "head":
         save_head(model, options.output, facts.trunk, preprocessing)
+    elif layout == "released":
+        export_released_layout(model, options.output, preprocessing)
     else:
         save_model(model, preprocessing, options.output)
     write_atomically(options.output / "README.md", model_card(options, result, facts))
