@@ -2,11 +2,13 @@
 
 overhead: the same tars of mini-world pictures by the local engine and by Ray with one worker; the encoder is the
 mini-world's, so small that the engine's own work shows. memory: the peak of a process that embeds a thousand pictures
-and of one that embeds more, each in a process of its own.
+and of one that embeds more, each in a process of its own. Ray's workers run at this process's priority: by default Ray
+gives them a lower one, and whatever else runs on the machine would be measured.
 """
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -25,8 +27,8 @@ from nearid_personalize.miniworld import photos, sample_pet
 class Options:
     """What is measured."""
 
-    num_pictures: int = 2000
-    """Pictures of the comparison of engines."""
+    num_pictures: tuple[int, ...] = (500, 2500)
+    """Pictures of the runs that compare the engines; two numbers tell Ray's start from its rate. May be none."""
     memory: tuple[int, ...] = (1_000, 10_000)
     """Pictures of each run whose memory is measured."""
     per_tar: int = 250
@@ -72,9 +74,9 @@ def write_tars(folder: Path, count: int, per_tar: int, files: list[bytes]) -> No
 
 def run(source: Path, out: Path, engine: str) -> dict:
     """One run in a process of its own."""
-    found = subprocess.run(
-        [sys.executable, "-c", RUN, str(source), str(out), engine], check=True, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", RUN, str(source), str(out), engine]
+    environment = {**os.environ, "RAY_worker_niceness": "0"}
+    found = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return json.loads(found.stdout.splitlines()[-1])
 
 
@@ -83,11 +85,12 @@ def main(options: Options) -> None:
     files = distinct_pictures()
     with TemporaryDirectory() as place:
         root = Path(place)
-        write_tars(root / "tars", options.num_pictures, options.per_tar, files)
+        for count in options.num_pictures:
+            write_tars(root / f"tars-{count}", count, options.per_tar, files)
         for engine in ("local", "ray", "local", "ray"):
-            result = run(root / "tars", root / f"{engine}-{time.time_ns()}", engine)
-            rate = result["pictures"] / result["seconds"]
-            print(f"{engine:5} {result['pictures']} pictures in {result['seconds']:.1f} s, {rate:.0f}/s", flush=True)
+            for count in options.num_pictures:
+                result = run(root / f"tars-{count}", root / f"{engine}-{time.time_ns()}", engine)
+                print(f"{engine:5} {count} pictures in {result['seconds']:.1f} s", flush=True)
         for count in options.memory:
             write_tars(root / f"memory-{count}", count, options.per_tar, files)
             result = run(root / f"memory-{count}", root / f"out-{count}", "local")

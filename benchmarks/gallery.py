@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ class Speed:
     """Photos of each."""
     num_queries: int = 200
     """Queries: noisy photos of subjects."""
-    index: str = "IVF_HNSW_SQ"
+    index: Literal["HnswSq", "IvfPq", "IvfSq", "IvfFlat"] = "HnswSq"
     """LanceDB's kind of index."""
 
 
@@ -295,6 +295,7 @@ def recall(found: list[list[str]], true: list[list[str]], depth: int) -> float:
 def measure_speed(options: Speed) -> None:
     """Print what adding and asking cost."""
     import faiss
+    import lancedb.index
 
     from nearid_personalize.gallery import lance
 
@@ -329,7 +330,8 @@ def measure_speed(options: Speed) -> None:
             f"{len(rule.stated_by.scores)} subjects against all"
         )
         started, cpu = time.perf_counter(), time.process_time()
-        store._latest().create_index("dot", vector_column_name="vector", index_type=options.index)
+        kind = getattr(lancedb.index, options.index)
+        store._latest().create_index("vector", config=kind(distance_type="dot"))
         print(f"index: {time.perf_counter() - started:.1f} s, {time.process_time() - cpu:.1f} core seconds")
         indexed, near = seconds_each(gallery, queries, exact=False)
         print(

@@ -38,6 +38,14 @@ def load_data(name: str) -> str:
     return " ".join(load_rows(name).ids)
 
 
+def find_pictures(name: str) -> str:
+    """The pictures that `nearid embed` finds in a data set."""
+    from nearid_personalize.bulk import parts_of
+
+    records = [record for part in parts_of(name) for record in part.records()]
+    return " ".join(f"{called} {isinstance(content, bytes)}" for called, content in records)
+
+
 def score_by_default(photos: str) -> str:
     """`nearid score` of photos against themselves, by the released encoder, whose name nobody gives."""
     from nearid_personalize.cli import parse, run

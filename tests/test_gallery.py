@@ -15,6 +15,7 @@ from conftest import checkered
 from torch.nn.functional import normalize
 
 from nearid_personalize import Gallery, InputError
+from nearid_personalize.gallery import lance
 from nearid_personalize.gallery.gallery import Addition
 from nearid_personalize.gallery.lance import LanceStore
 from nearid_personalize.gallery.open_set import accept_rule, by_negatives, by_the_gallery
@@ -395,3 +396,18 @@ def test_twenty_kills_lose_nothing_and_leave_no_half_subject(tmp_path):
     assert 0 < len(finished) <= 60
     gallery.add_embedded([addition("new", crowd(1)[0])])
     assert len(gallery) == len(there) + 1
+
+
+def test_the_index_is_built_by_itself_and_finds_what_came_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(lance, "INDEXED_FROM", 300)
+    gallery = synthetic(LanceStore.connect(str(tmp_path / "gallery"), create=True))
+    subjects = crowd(400, photos=1)
+    gallery.add_embedded(addition(f"s{number}", photos) for number, photos in enumerate(subjects[:290]))
+    assert not lance.vector_indices(gallery.store._latest())
+    gallery.add_embedded(addition(f"s{number}", photos) for number, photos in enumerate(subjects[:310]))
+    assert lance.vector_indices(gallery.store._latest())
+    gallery.add_embedded(addition(f"s{number}", photos) for number, photos in enumerate(subjects))
+    found = gallery.search_embedded(list(subjects[[0, 305, 399]]), 0.05)
+    assert [answer.name for answer in found] == ["s0", "s305", "s399"]
+    exact = gallery.search_embedded(list(subjects[[0, 305, 399]]), 0.05, exact=True)
+    assert [answer.score for answer in found] == pytest.approx([answer.score for answer in exact], abs=1e-5)

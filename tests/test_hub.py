@@ -26,6 +26,7 @@ WHOLE = {  # what is loaded, under which name, and what comes of it
     "load_base_to_train owner/base": "StableDiffusion",
     "find_lora owner/lora": "2",
     "load_data owner/data": "x y",
+    "find_pictures owner/data": "x True y True",
     "load_encoder owner/branches@tiny": "torch.float32",
     "load_base owner/branches@base": "StableDiffusionPipeline",
 }
@@ -59,6 +60,8 @@ FAULTS = {
     "load_data owner/gated-data": r"gated dataset on the Hub",
     "load_data owner/nowhere": r"doesn't exist on the Hub or cannot be accessed",
     "load_data owner/data@later": NO_REVISION,
+    "find_pictures owner/nowhere": NOWHERE,
+    "find_pictures owner/data@later": NO_REVISION,
 }
 FULL = "load_encoder owner/full-disk"
 

@@ -228,7 +228,9 @@ class LanceStore:
         indices = vector_indices(table)
         if not indices:
             if rows >= INDEXED_FROM:
-                table.create_index("dot", vector_column_name="vector", index_type="IVF_HNSW_SQ")
+                from lancedb.index import HnswSq
+
+                table.create_index("vector", config=HnswSq(distance_type="dot"))
         else:
             statistics = table.index_stats(indices[0])
             stale = stale or statistics is None or statistics.num_unindexed_rows > rows // 5
