@@ -28,7 +28,7 @@ def launch(launcher: list[str], trainer: str, *flags: object) -> subprocess.Comp
 @pytest.mark.parametrize(
     ("trainer", "flags", "words"),
     [
-        ("train_lora.py", ("--rank", 4), "missing --base-model, --references, --output; see train_lora --help"),
+        ("train_lora.py", ("--rank", 4), "missing --base-model, --output, --references; see train_lora --help"),
         ("train_lora.py", (*NOWHERE, "--rank", "many"), "--rank: invalid literal for int() with base 10: 'many'"),
         ("train_head.py", ("--trunk", "nowhere", "--output", "out"), "nowhere: no such folder"),
     ],
