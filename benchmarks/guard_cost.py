@@ -44,7 +44,7 @@ class Options:
     """Subjects on which the guard itself runs as well."""
     profile: Path | None = None
     """`profile.json` that this benchmark wrote for other subjects."""
-    risks: tuple[float, ...] = (0.16, 0.4, 0.64)
+    margins: tuple[float, ...] = (1.0, 1.3)
     """Of races that begin with more candidates, with the profile: chosen on other subjects."""
 
 
@@ -113,9 +113,9 @@ def arms(options: Options, profile: PreviewProfile | None, preview_cost: float) 
         return chosen
     chosen["raced, profile"] = raced(DEFAULT_POLICY, profile)
     for more in (5 * n // 4, 3 * n // 2, 2 * n):
-        for risk in options.risks:
-            chosen[f"raced, profile, {more} begun, risk {risk}"] = raced(
-                replace(DEFAULT_POLICY, risk=risk), profile, more
+        for margin in options.margins:
+            chosen[f"raced, profile, {more} begun, margin {margin}"] = raced(
+                replace(DEFAULT_POLICY, margin=margin), profile, more
             )
     return chosen
 

@@ -56,9 +56,9 @@ class Options:
     noises: tuple[str, ...] = ("path", "fresh")
     preview_cost: float = 0.0
     """Of one preview, in full candidates."""
-    risk: float = RacingPolicy.risk
-    daring: float = 0.4
-    """Another risk, shown at equal compute."""
+    margin: float = RacingPolicy.margin
+    daring: float = 1.0
+    """Another margin, shown at equal compute."""
     equal_compute: bool = True
     """Measure also what everybody makes of half of best-of-N's compute."""
     out: Path | None = None
@@ -183,7 +183,7 @@ def measure(options: Options, tables: tuple[Tensor, Tensor], profile: PreviewPro
     """Cost as a share of best-of-N's, loss, and by how much more each rival loses at the same cost."""
     full = race(tables, *size, KEEP_ALL).score
     gain = float(full.mean())  # a random candidate's mean is 0
-    policy = RacingPolicy(risk=options.risk)
+    policy = RacingPolicy(margin=options.margin)
     racing = race(tables, *size, policy, profile=profile, preview_cost=options.preview_cost)
     cost = float(racing.cost.mean())
     rivals = {
@@ -197,7 +197,7 @@ def equal_compute(options: Options, tables: tuple[Tensor, Tensor], profile: Prev
     """Gain over best-of-(N/2) when everybody may spend N/2 candidates' compute on average, or never more ("budget")."""
     num_images, cost = size.num_images, max(size.num_images, size.num_candidates // 2)
     full = race(tables, cost, num_images, KEEP_ALL).score
-    policy, daring = RacingPolicy(risk=options.risk), RacingPolicy(risk=options.daring)
+    policy, daring = RacingPolicy(margin=options.margin), RacingPolicy(margin=options.daring)
     gain = float(full.mean())
     scores = {name: at_cost(tables, cost, num_images, *rival) for name, rival in RIVALS.items() if rival[1] < 1}
     scores["racing, no profile"] = at_cost(tables, cost, num_images, policy, 0.9)

@@ -196,7 +196,7 @@ def test_a_blackened_picture_is_no_evidence_for_the_policy(guarded):
 
     pipe.safety_checker.forward = second_is_black
     guard = guarded(pipe)
-    guard.policy, guard.max_batch_size = Listening(risk=0.0), 3
+    guard.policy, guard.max_batch_size = Listening(margin=9.0), 3
     result = guard(**arguments, num_images=1, num_candidates=6, num_inference_steps=2)
     black = {c.seed for c in result.candidates if c.reason.startswith("blackened")}
     assert black == {1, 4} and {c.seed for c in result.ranked[-2:]} == black

@@ -42,6 +42,7 @@ PURE = (
     "scorer.calibration",
     "scorer.ranking",
     "gallery.open_set",
+    "guard.plan",
     "guard.policy",
     "guard.profile",
     "guard.race",

@@ -7,7 +7,6 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from nearid_personalize.guard.policy import (
     FixedSchedule,
     RacingPolicy,
     StoppingPolicy,
-    chance_among_best,
 )
 from nearid_personalize.guard.profile import PreviewProfile, RunFacts, full_spread, levels_of
 from nearid_personalize.guard.race import Race, needs_previews, next_batch_size
@@ -120,28 +118,6 @@ class KeepAll(StoppingPolicy):
     def decide(self, step_fraction, preview_scores, num_images):
         self.asked.append(step_fraction)
         return ~preview_scores.isnan()
-
-
-def test_of_two_candidates_the_chance_is_the_normal_distribution():
-    chances = chance_among_best(torch.tensor([0.7, 0.0]), 0.5, 1)
-    better = NormalDist().cdf(0.7 / (0.5 * math.sqrt(2)))
-    assert chances.tolist() == pytest.approx([better, 1 - better], abs=1e-5)
-
-
-@pytest.mark.parametrize("finished, threshold", [((), None), ((0.9, 1.3, -2.0), None), ((1.0,), 0.8)])
-@pytest.mark.parametrize("num_wanted", [1, 3])
-def test_chances_are_the_shares_of_many_draws(num_wanted, finished, threshold):
-    expected, error = torch.tensor([1.0, 0.8, 0.1, 0.0, -0.5, -1.5]), 0.6
-    draws = expected + error * torch.randn(200_000, 6, generator=torch.Generator().manual_seed(0))
-    everyone = torch.cat([draws, torch.tensor(finished).expand(len(draws), -1)], 1)
-    wanted = everyone.argsort(1, descending=True).argsort(1)[:, :6] < num_wanted
-    if threshold is not None:
-        wanted &= draws >= threshold
-    chances = chance_among_best(expected, error, num_wanted, finished, threshold)
-    # four standard errors of the draws, and the step of the quadrature where a certain score cuts
-    assert chances.tolist() == pytest.approx(wanted.double().mean(0).tolist(), abs=0.005 + 0.015 * len(finished))
-    if not finished:
-        assert float(chances.sum()) == pytest.approx(num_wanted, abs=1e-4)
 
 
 def slow_relation(previews, finals):
@@ -266,7 +242,7 @@ def policies():
     yield RacingPolicy()
     yield RacingPolicy().informed(profile_of(CURVES["early"]))
     yield RacingPolicy().informed(run, RunFacts(finished=tuple(finals[0].tolist()), levels=levels))
-    yield RacingPolicy(risk=0.6).informed(profile_of(CURVES["late"]).joined(run), some)
+    yield RacingPolicy(margin=0.6).informed(profile_of(CURVES["late"]).joined(run), some)
 
 
 @pytest.mark.parametrize("num_images", [1, 3])
@@ -296,12 +272,25 @@ def test_level_and_scale_of_all_scores_change_no_race():
             assert replay(scale * p + level, scale * f + level, FRACTIONS, limits=Limits(budget=16)) == plain
 
 
-def test_later_decisions_and_more_risk_stop_more():
+def test_later_decisions_and_smaller_margins_stop_more():
     scores = torch.linspace(-2, 2, 16)
     going = [int(RacingPolicy().decide(f, scores, 1).sum()) for f in (0.05, 0.2, 0.4, 0.6, 0.8, 0.99)]
     assert going == sorted(going, reverse=True) and going[0] == 16 and going[-1] == 1
-    by_risk = [int(RacingPolicy(risk=r).decide(0.5, scores, 1).sum()) for r in (0, 0.01, 0.1, 0.3, 0.9)]
-    assert by_risk == sorted(by_risk, reverse=True) and by_risk[0] == 16 and by_risk[-1] < by_risk[1]
+    by_margin = [int(RacingPolicy(margin=m).decide(0.5, scores, 1).sum()) for m in (9, 2, 1, 0.5, 0)]
+    assert by_margin == sorted(by_margin, reverse=True) and by_margin[0] == 16 and by_margin[-1] == 1
+
+
+@pytest.mark.parametrize("num_images", [1, 3])
+def test_the_rule_by_hand(num_images):
+    """Whoever's expected final score is within margin * sqrt(2) * residual deviations of the wanted-th best's."""
+    policy = RacingPolicy(margin=0.8).informed(profile_of(CURVES["middling"]))
+    scores = torch.randn(16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    rho, scale = policy.relation(0.5)
+    spread = statistics.stdev(scores.tolist())
+    expected = [rho * scale * score for score in scores.tolist()]
+    residual = scale * spread * math.sqrt(1 - rho**2) * math.sqrt(17 / 15)
+    limit = sorted(expected, reverse=True)[num_images - 1] - 0.8 * math.sqrt(2) * residual
+    assert policy.decide(0.5, scores, num_images).tolist() == [value >= limit for value in expected]
 
 
 def test_who_has_nothing_to_tell_apart_goes_on():
@@ -332,34 +321,25 @@ def test_perfect_previews_once_known_cost_little_and_lose_nothing():
     assert race(tables)[0] == score  # unknown, they cost more but lose nothing either
 
 
-@pytest.mark.parametrize("curve", [(0.0,) * len(FRACTIONS), CURVES["middling"]])
-def test_the_best_is_thrown_away_no_more_often_than_the_risk_says(curve):
-    previews, finals = draw_tables(curve, 150, seed=21)
-    profile = profile_of(curve)
-    for risk in (0.05, 0.3):
-        policy = RacingPolicy(risk=risk)
-        results = [replay(p, f, FRACTIONS, policy=policy, profile=profile) for p, f in zip(previews, finals)]
-        lost = sum(result.winners[0] != int(final.argmax()) for result, final in zip(results, finals))
-        assert lost / 150 <= risk + 3 * math.sqrt(risk * (1 - risk) / 150)
-    if curve[0]:
-        assert sum(result.cost for result in results) / 150 < 0.7 * 16
-
-
-@pytest.mark.parametrize("family", CURVES)
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize(
+    ("family", "known"),
+    # Where previews tell later than the prior believes, only a known profile helps
+    [("early", False), ("middling", False), ("early", True), ("middling", True), ("late", True)],
+)
 def test_racing_beats_halving_at_equal_cost(family, known):
     tables = draw_tables(CURVES[family], 200, 24, seed=11)
-    score, cost = race(tables, profile=profile_of(CURVES[family]) if known else None)
-    # halving half-way costs three quarters of its candidates; between two numbers of them, linear in cost
-    fewer = math.floor(cost / 0.75)
-    (low, low_cost), (high, high_cost) = (race(tables, n, policy=FixedSchedule()) for n in (fewer, fewer + 1))
+    policy = RacingPolicy(margin=1.2)
+    score, cost = race(tables, policy=policy, profile=profile_of(CURVES[family]) if known else None)
+    # Halving half-way costs three quarters of its candidates; between two even numbers of them, linear in cost
+    fewer = 2 * math.floor(cost / 1.5)
+    (low, low_cost), (high, high_cost) = (race(tables, n, policy=FixedSchedule()) for n in (fewer, fewer + 2))
     assert low_cost <= cost <= high_cost
     assert score >= low + (high - low) * (cost - low_cost) / (high_cost - low_cost)
 
 
 def test_racing_with_a_profile_keeps_the_gain_of_best_of_16_for_less():
     tables = draw_tables(CURVES["early"], 300, 16, seed=12)
-    score, cost = race(tables, profile=profile_of(CURVES["early"]))
+    score, cost = race(tables, policy=RacingPolicy(margin=1.5), profile=profile_of(CURVES["early"]))
     assert score >= 0.98 * float(tables[1].max(1).values.mean()) and cost <= 0.55 * 16
 
 
@@ -443,10 +423,11 @@ def test_compute_that_was_freed_begins_new_seeds_under_a_budget_alone():
     tables = draw_tables(CURVES["early"], 30, 60)
     results = [replay(p, f, FRACTIONS) for p, f in zip(*tables)]
     assert all(result.started == 16 and result.winners[0] < 16 for result in results)
-    refilled = [replay(p, f, FRACTIONS, limits=Limits(budget=16)) for p, f in zip(*tables)]
+    bold = RacingPolicy(margin=1.0)
+    refilled = [replay(p, f, FRACTIONS, policy=bold, limits=Limits(budget=16)) for p, f in zip(*tables)]
     assert all(result.started > 20 for result in refilled)
     best_of_16 = float(tables[1][:, :16].max(1).values.mean())
-    assert race(tables, limits=Limits(budget=16))[0] > best_of_16 + 0.1
+    assert race(tables, policy=bold, limits=Limits(budget=16))[0] > best_of_16 + 0.1
 
 
 def test_until_accepted_ends_with_the_wave_that_brings_enough():
@@ -536,7 +517,7 @@ def test_a_wave_is_what_the_budget_can_bring_to_the_end():
         (lambda p, f: replay(p, f, FRACTIONS[::-1]), "ascend"),
         (lambda p, f: PreviewProfile.fit(p, f, FRACTIONS, groups=[1, 2]), "16 candidates, got 2"),
         (lambda p, f: replay(p, f, FRACTIONS, policy=object()), "derive it from nearid_personalize.guard.StoppingP"),
-        (lambda p, f: RacingPolicy(risk=1.0), "risk must be in .0, 1., got 1.0"),
+        (lambda p, f: RacingPolicy(margin=-1.0), "margin must be 0 or more, got -1.0"),
         (lambda p, f: RacingPolicy(prior_weight=0), "prior_weight"),
         (lambda p, f: RacingPolicy(step_fractions=(0.5, 0.4)), "ascend"),
         (lambda p, f: FixedSchedule({0.5: 0.0}), "share_kept at 0.5"),

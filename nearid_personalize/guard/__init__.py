@@ -6,6 +6,8 @@ from nearid_personalize.lazy import attributes_of
 
 if TYPE_CHECKING:
     from nearid_personalize.guard.guard import IdentityGuard as IdentityGuard
+    from nearid_personalize.guard.plan import RacePlan as RacePlan
+    from nearid_personalize.guard.plan import plan_race as plan_race
     from nearid_personalize.guard.policy import FixedSchedule as FixedSchedule
     from nearid_personalize.guard.policy import RacingPolicy as RacingPolicy
     from nearid_personalize.guard.policy import StoppingPolicy as StoppingPolicy
@@ -28,6 +30,7 @@ _HOME_OF = {
     "FixedSchedule": "policy",
     "Limits": "replays",
     "Race": "race",
+    "RacePlan": "plan",
     "RaceProgress": "result",
     "GuardResult": "result",
     "GuardResults": "result",
@@ -38,6 +41,7 @@ _HOME_OF = {
     "RunFacts": "profile",
     "Status": "result",
     "StoppingPolicy": "policy",
+    "plan_race": "plan",
     "replay": "replays",
 }
 __all__ = [*_HOME_OF]

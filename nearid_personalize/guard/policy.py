@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from torch import BoolTensor, FloatTensor, Tensor
-from torch.nn.functional import pad
 
 from nearid_personalize.errors import InputError
 from nearid_personalize.guard.profile import (
     NOTHING_KNOWN,
+    Level,
     PreviewProfile,
     Relation,
     RunFacts,
@@ -34,6 +34,11 @@ class StoppingPolicy(ABC):
     def step_fractions(self) -> tuple[float, ...]:
         """When to ask, in (0, 1), ascending."""
         return STEP_FRACTIONS
+
+    @property
+    def profile(self) -> PreviewProfile | None:
+        """What it was made to know of previews."""
+        return None
 
     def informed(self, profile: PreviewProfile | None, run: RunFacts = NOTHING_KNOWN) -> "StoppingPolicy":
         """The policy for the next batch, which may know more: of previews, and of the race at hand."""
@@ -54,49 +59,41 @@ def check_policy(policy: object) -> None:
         raise InputError(f"policy {policy!r} is none; derive it from nearid_personalize.guard.StoppingPolicy")
 
 
-def chance_among_best(
-    expected: Tensor,
-    error: float,
-    num_wanted: int,
-    finished: Sequence[float] = (),
-    threshold: float | None = None,
-) -> Tensor:
-    """Chance `[n]` in [0, 1] of each candidate to end among the `num_wanted` best, and at `threshold` or above.
+def within_reach(scores: Tensor, best: Tensor, reach: Tensor) -> BoolTensor:
+    """Who goes on: `[..., N]` previews (NaN = stopped) no more than `reach` `[...]` below `best` `[...]`.
 
-    Final scores are independent normal variables with means `expected` `[n]` and standard deviation `error` > 0;
-    `finished` are scores that compete and are certain. By quadrature over the candidate's own score; for each value,
-    the number of others above it is a sum of unequal coin tosses, counted exactly (Poisson binomial).
+    A NaN reach keeps all: where nothing tells candidates apart, nobody is stopped.
     """
-    grid = torch.linspace(-4.5, 4.5, 91, dtype=torch.float64)
-    density = torch.exp(-(grid**2) / 2)
-    expected = expected.double()
-    own = expected[:, None] + error * grid  # [n, Q]
-    above = torch.special.ndtr((expected - own[..., None]) / error)  # [n, Q, n]: is the last one above the first?
-    above = above * (1 - torch.eye(len(expected), dtype=torch.float64))[:, None]
-    counts = torch.zeros(*own.shape, num_wanted, dtype=torch.float64)  # chance that exactly 0 ... num_wanted - 1 are
-    counts[..., 0] = 1
-    for toss in above.unbind(-1):
-        counts = counts * (1 - toss[..., None]) + pad(counts, (1, -1)) * toss[..., None]
-    certain = (torch.tensor(list(finished), dtype=torch.float64) > own[..., None]).sum(-1)
-    free = torch.arange(num_wanted) < (num_wanted - certain)[..., None]
-    wins = (counts * free).sum(-1)
-    if threshold is not None:
-        wins = wins * (own >= threshold)
-    return (wins * density).sum(-1) / density.sum()
+    going = ~scores.isnan()
+    return going & ~(scores < (best - reach)[..., None])  # type: ignore[return-value]
+
+
+def reach_of(margin: float | Tensor, correlation: float | Tensor, spread: Tensor, num_seen: Tensor) -> Tensor:
+    """How far below the best preview a candidate may be and still go on, in the units of previews.
+
+    Final scores, regressed on previews of this `correlation` and `spread`, differ from what is expected by a residual;
+    the difference of two candidates has sqrt(2) times its standard deviation. `margin` times that is allowed.
+    num_seen: previews that tell the spread; few tell it badly, so the residual is widened as a Student variable is.
+    """
+    correlation = torch.as_tensor(correlation, dtype=torch.float64)
+    unexplained = (1 / correlation**2 - 1).sqrt()
+    widened = ((num_seen + 1) / (num_seen - 1).clamp(min=1)).sqrt()
+    reach = torch.as_tensor(margin, dtype=torch.float64) * math.sqrt(2) * unexplained * widened * spread
+    return torch.where(spread > 0, reach, math.nan)
 
 
 @dataclass(frozen=True)
 class RacingPolicy(StoppingPolicy):
-    """Stops candidates whose chance to end among the wanted ones is small.
+    """Stops candidates whose expected final score is too far below that of the best.
 
-    Each decision stops candidates, the least likely first, while their chances to end among the `num_images` best add
-    up to no more than its share of `risk`.
+    One rule: regress final scores on previews; keep everyone whose expected final score is within `margin` * sqrt(2) *
+    (residual standard deviation) of the best one's, or of the `num_images`-th best one's where several are wanted.
     """
 
-    risk: float = 0.16
-    """In [0, 1): the share of the wanted images that stopping may cost, expected over a whole race."""
+    margin: float = 1.75
+    """How careful it is, at least 0: larger keeps more. `plan_race` finds the value that keeps a stated loss."""
     step_fractions: tuple[float, ...] = (0.3, 0.4, 0.55, 0.7)
-    """In (0, 1), ascending: when to ask. Each time gets an equal part of the risk."""
+    """In (0, 1), ascending: when to ask."""
     prior: tuple[tuple[float, float], ...] = ((0.2, 0.22), (0.3, 0.42), (0.5, 0.68), (0.7, 0.85), (0.9, 0.975))
     """What is believed before anyone has finished: (fraction, correlation of preview with final score), linear in
     between and from (0, 0) to (1, 1). It lies between what was measured on SDXL, FLUX.1 and the mini-world."""
@@ -108,8 +105,8 @@ class RacingPolicy(StoppingPolicy):
     """What is known of the race at hand, see `informed`."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.risk < 1:
-            raise InputError(f"risk must be in [0, 1), got {self.risk}")
+        if not self.margin >= 0:
+            raise InputError(f"margin must be 0 or more, got {self.margin}")
         if not self.prior_weight > 0:
             raise InputError(f"prior_weight must be above 0, got {self.prior_weight}")
         check_fractions(self.step_fractions)
@@ -122,7 +119,7 @@ class RacingPolicy(StoppingPolicy):
         return replace(self, profile=profile, run=run)
 
     def keeps_at_least(self, num_started: int, num_images: int) -> int:
-        """How many of a wave go on whatever their previews: those still missing from the finished, and one."""
+        """How many of a batch go on whatever their previews: those still missing from the finished, and one."""
         return max(1, num_images - len(self.run.finished))
 
     def decide(self, step_fraction: float, preview_scores: FloatTensor, num_images: int) -> BoolTensor:
@@ -131,46 +128,41 @@ class RacingPolicy(StoppingPolicy):
         As many as are still missing from `num_images` finished candidates always go on, and at least one.
         """
         scores = preview_scores.double()
-        going = ~scores.isnan()
-        ranked = scores[going].sort(descending=True).values
+        seen = scores[~scores.isnan()]
         at_least = self.keeps_at_least(len(scores), num_images)
-        if len(ranked) <= at_least:
-            return going  # type: ignore[return-value]
-        chances = self.chances(step_fraction, ranked, len(scores), num_images)
-        allowed = self.risk * num_images / len(self.step_fractions)
-        stopped = int((chances.flip(0).cumsum(0) < allowed).sum())
-        return going & (scores >= ranked[max(at_least, len(ranked) - stopped) - 1])  # type: ignore[return-value]
-
-    def chances(self, step_fraction: float, previews: Tensor, num_started: int, num_images: int) -> Tensor:
-        """Chance `[n]` of those still going, `previews` `[n]`, of `num_started`, to end among the wanted ones."""
-        known = self.profile.at((step_fraction,)) if self.profile else None
-        correlation, scale = self.relation(step_fraction, known)
-        spread, sample = full_spread(previews, num_started), len(previews)
-        preview_level, final_level = float(previews.mean()), 0.0
-        finished, threshold = self.run.finished, self.run.threshold
+        if len(seen) <= at_least:
+            return ~scores.isnan()  # type: ignore[return-value]
+        correlation, scale = self.relation(step_fraction)
+        spread, num_seen = full_spread(seen, len(scores)), len(seen)
+        rivals = seen
         level = self.run.levels.get(step_fraction)
-        if finished and level is not None and level.is_known:
-            preview_level, final_level = level.preview, level.final
+        if self.run.finished and level is not None and level.is_known:
             # A batch after the first may be too small to tell its spread
-            spread = math.sqrt((spread**2 + level.spread**2) / 2) if sample > 2 else level.spread
-            sample += len(finished)
-        else:
-            finished, threshold = (), None
-        if not spread > 0:
-            return torch.ones(len(previews), dtype=torch.float64)
-        expected = final_level + correlation * scale * (previews - preview_level)
-        # few candidates tell their own spread badly: the error is widened as a Student variable is
-        error = scale * spread * math.sqrt((1 - correlation**2) * (sample + 1) / max(1, sample - 1))
-        return chance_among_best(expected, error, num_images, finished, threshold)
+            spread = math.sqrt((spread**2 + level.spread**2) / 2) if num_seen > 2 else level.spread
+            num_seen += len(self.run.finished)
+            rivals = torch.cat([seen, self.as_previews(self.run.finished, level, correlation * scale)])
+        best = rivals.topk(num_images).values[-1] if len(rivals) >= num_images else rivals.min()
+        if self.run.threshold is not None and len(rivals) > len(seen):
+            assert level is not None, "there are more rivals once the level is known"
+            best = torch.maximum(best, self.as_previews((self.run.threshold,), level, correlation * scale)[0])
+        told_by = torch.tensor(num_seen, dtype=torch.float64)
+        reach = reach_of(self.margin, correlation, torch.tensor(spread, dtype=torch.float64), told_by)
+        # Those that are missing go on even where finished candidates are out of reach
+        return within_reach(scores, best, reach) | (scores >= seen.topk(at_least).values[-1])  # type: ignore[return-value]
 
-    def relation(self, step_fraction: float, known: PreviewProfile | None) -> tuple[float, float]:
-        """Correlation in [0, 1) and scale > 0 at a fraction: prior and profile, each by its weight in candidates."""
+    @staticmethod
+    def as_previews(finals: Sequence[float], level: Level, slope: float) -> Tensor:
+        """The previews `[n]` that final scores would be expected of."""
+        return level.preview + (torch.tensor(list(finals), dtype=torch.float64) - level.final) / max(slope, 1e-9)
+
+    def relation(self, step_fraction: float) -> tuple[float, float]:
+        """Correlation in (0, 1) and scale > 0 at a fraction: prior and profile, each by its weight in candidates."""
         fractions, correlations = zip((0.0, 0.0), *self.prior, (1.0, 1.0))
         believed = float(np.interp(step_fraction, fractions, correlations))
-        seen = known.relation(0) if known else Relation(0.0, 1.0, 0.0)
+        seen = self.profile.at((step_fraction,)).relation(0) if self.profile else Relation(0.0, 1.0, 0.0)
         share = seen.weight / (seen.weight + self.prior_weight)
         correlation = (1 - share) * believed + share * seen.correlation
-        return min(max(correlation, 0.0), 0.9999), seen.scale**share
+        return min(max(correlation, 1e-6), 0.9999), seen.scale**share
 
 
 @dataclass(frozen=True)

@@ -213,18 +213,25 @@ PREVIEW_AGREEMENT = 0.8
 def full_spread(scores: Tensor, num_started: int) -> float:
     """Standard deviation that the previews `[n]` of those still going would have, had none of `num_started` stopped.
 
-    Survivors of a selection lie closer together: for the best share p by a normal trait of correlation r with this
-    one, the variance is 1 - r^2 (1 - v), where v = 1 + z h - h^2 is that of a normal variable above z, the
-    (1 - p)-quantile, with h = pdf(z) / p (Cohen 1959, singly truncated samples). NaN for fewer than two scores.
+    NaN for fewer than two scores.
     """
     if len(scores) < 2:
         return math.nan
-    spread, share = float(scores.double().std()), len(scores) / num_started
+    return float(scores.double().std()) * spread_factor(len(scores) / num_started)
+
+
+def spread_factor(share: float) -> float:
+    """What the spread of the best `share` in (0, 1], by an earlier preview, is multiplied by to be that of all.
+
+    Survivors of a selection lie closer together: for the best share p by a normal trait of correlation r with this
+    one, the variance is 1 - r^2 (1 - v), where v = 1 + z h - h^2 is that of a normal variable above z, the
+    (1 - p)-quantile, with h = pdf(z) / p (Cohen 1959, singly truncated samples).
+    """
     if share >= 1:
-        return spread
+        return 1.0
     z = NormalDist().inv_cdf(1 - share)
     hazard = NormalDist().pdf(z) / share
-    return spread / math.sqrt(1 - PREVIEW_AGREEMENT**2 * (hazard**2 - z * hazard))
+    return 1 / math.sqrt(1 - PREVIEW_AGREEMENT**2 * (hazard**2 - z * hazard))
 
 
 def rows_by_group(groups: Sequence[Hashable] | None, num_rows: int) -> dict[Hashable, list[int]]:

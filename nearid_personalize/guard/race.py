@@ -40,7 +40,7 @@ class Race:
     max_batch_size: int | None = None
     """The most candidates of a batch."""
     profile: PreviewProfile | None = None
-    """What is known of previews before the race."""
+    """What is known of previews before the race; None: what the policy knows."""
     preview_cost: float = 0.0
     """Of one preview, in candidates run to the end."""
 
@@ -61,6 +61,8 @@ class Race:
 
     def __post_init__(self) -> None:
         check_policy(self.policy)
+        if self.profile is None and self.policy is not None:
+            self.profile = self.policy.profile
 
     def next_batch(self, num_accepted: int | None = None) -> range:
         """The candidates to begin now; empty: the race is over.
