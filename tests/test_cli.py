@@ -1,5 +1,6 @@
 """The `nearid` commands end to end on tiny real models, and every wrong input as one line with status 2."""
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -13,11 +14,14 @@ from PIL import Image
 
 from nearid_personalize import cli
 from nearid_personalize.commands.console import Stopwatch, table
-from nearid_personalize.commands.generate import read_profile
+from nearid_personalize.commands.options import Generate
 from nearid_personalize.commands.quickstart import choose_prompt, write_references
+from nearid_personalize.commands.racing import choose_racing
 from nearid_personalize.encoder.checkpoints import load_encoder, save_head
 from nearid_personalize.errors import InputError
 from nearid_personalize.evaluation import evaluate_rows
+from nearid_personalize.guard.policy import RacingPolicy
+from nearid_personalize.guard.records import RaceRecords
 from nearid_personalize.miniworld import part_edits
 
 PROMPT = "a photo of sks dog in space"
@@ -163,29 +167,51 @@ def test_candidates_race_unless_told_not_to(generate: list, tmp_path: Path, caps
     assert report["cost"]["denoiser_rows"] == report["cost"]["denoiser_rows_best_of_n"]
 
 
-def test_a_profile_of_previews_grows_with_every_run(generate: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    for flag, value in (("--steps", 10), ("--num-candidates", 6), ("--num-images", 4), ("--max-batch-size", 6)):
+def test_a_plan_is_learnt_from_prompt_to_prompt(generate: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for flag, value in (("--steps", 10), ("--num-candidates", 4), ("--num-images", 1), ("--max-batch-size", 5)):
         generate[generate.index(flag) + 1] = value
-    path = tmp_path / "profiles" / "base.json"
-    known = []
-    for seed in (0, 100):
-        nearid(*generate, "--preview-profile", path, "--seed", seed)
-        known.append(json.loads(path.read_text()))
-    assert known[1]["step_fractions"] == known[0]["step_fractions"]
-    assert all(after > before > 0 for before, after in zip(known[0]["freedom"], known[1]["freedom"], strict=True))
-    path.write_text('{"freedom": [1]}')
-    capsys.readouterr()
-    assert nearid(*generate, "--preview-profile", path) == 2
-    assert str(path) in capsys.readouterr().err
-    assert path.read_text() == '{"freedom": [1]}'
-    assert nearid(*generate, "--preview-profile", path / "inside.json") == 2
-    assert f"--preview-profile {path}: cannot be written" in capsys.readouterr().err
+    path = tmp_path / "plans" / "base.json"
+    nearid(*generate, "--learn-plan", path)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["candidates"]) == 5 and all(c["image"] for c in report["candidates"]), "nobody is stopped"
+    assert "race: recorded; from now on: " in capsys.readouterr().out
+    nearid(*generate, "--learn-plan", path, "--seed", 100)
+    records = RaceRecords.load(path)
+    assert len(records.races) == 2 and records.plan.num_groups == 2 and records.plan.baseline_candidates == 4
+    generate[generate.index("--steps") + 1] = 3
+    nearid(*generate, "--learn-plan", path)
+    assert "not recorded, recorded races have previews at 0.1, 0.2" in capsys.readouterr().out
+    assert RaceRecords.load(path) == records
+
+    generate[generate.index("--steps") + 1] = 10
+    plan = dataclasses.replace(records.plan, policy=RacingPolicy(0.0, (0.3,)), num_candidates=6, is_certified=True)
+    dataclasses.replace(records, plan=plan).save(path)
+    nearid(*generate, "--learn-plan", path)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    statuses = [candidate["status"] for candidate in report["candidates"]]
+    assert len(statuses) == 6 and statuses.count("stopped") >= 3, "it races by the plan"
 
 
-def test_the_toy_world_knows_its_previews():
-    known = read_profile(None, toy_world=True)
-    assert known is not None and known.at((0.5,)).correlation()[0] > 0.8
-    assert read_profile(None, toy_world=False) is None
+def test_a_plan_that_cannot_be_used_is_refused(generate: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "base.json"
+    path.write_text('{"encoder": "other"}')
+    assert nearid(*generate, "--learn-plan", path) == 2
+    assert f"{path}: no race plan" in capsys.readouterr().err
+    assert path.read_text() == '{"encoder": "other"}'
+    RaceRecords("other").save(path)
+    assert nearid(*generate, "--learn-plan", path) == 2
+    assert "was learnt with --model other" in capsys.readouterr().err
+    assert nearid(*generate, "--learn-plan", path / "inside.json") == 2
+    assert f"--learn-plan {path}: cannot be written" in capsys.readouterr().err
+    assert nearid(*generate, "--learn-plan", path, "--no-race") == 2
+    assert "--learn-plan" in capsys.readouterr().err
+
+
+def test_the_toy_world_has_a_plan():
+    options = Generate("miniworld", Path("."), PROMPT, Path("."), model="miniworld")
+    policy = choose_racing(options, "miniworld", "miniworld").policy
+    assert policy.profile.at((0.5,)).correlation()[0] > 0.8
+    assert choose_racing(options, "miniworld", "other").policy == RacingPolicy()
 
 
 def test_a_prompt_that_is_not_shown_and_copies_are_rejected(generate: list, tmp_path: Path):

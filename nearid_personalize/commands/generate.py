@@ -1,6 +1,5 @@
 """`nearid generate`: candidates from a pipeline, those kept that show the subject."""
 
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,7 @@ from nearid_personalize.attention import check_attention, denoiser_of, using_att
 from nearid_personalize.commands.console import Stopwatch, conclude, picture_paths, say
 from nearid_personalize.commands.enrolment import enrolled, negative_paths
 from nearid_personalize.commands.options import Generate, Quickstart
-from nearid_personalize.errors import InputError
-from nearid_personalize.files import check_writable, write_atomically
+from nearid_personalize.files import check_writable
 from nearid_personalize.images import load_images
 from nearid_personalize.loading import choose_device, choose_dtype, load_pipeline
 from nearid_personalize.report import write_generation
@@ -21,7 +19,6 @@ from nearid_personalize.report import write_generation
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from nearid_personalize.guard.profile import PreviewProfile
     from nearid_personalize.guard.result import GuardResult
     from nearid_personalize.scorer.scorer import IdentityScorer
 
@@ -63,25 +60,26 @@ def guarded(
     prompt: str,
     options: Generate | Quickstart,
 ) -> "GuardResult":
-    """The guard's candidates of `prompt`, as `options` have them raced and judged; updates the preview profile."""
+    """The guard's candidates of `prompt`, as `options` have them raced and judged."""
+    from nearid_personalize.commands.racing import choose_racing, record
     from nearid_personalize.floors.chosen import chosen_floors
     from nearid_personalize.floors.copies import COPY_LIMIT
     from nearid_personalize.guard.guard import IdentityGuard
-    from nearid_personalize.guard.policy import DEFAULT_POLICY
     from nearid_personalize.guard.result import NothingAcceptedWarning
 
     subject = enrolled(scorer, references, options)
     say(options.json, subject.describe())
     base, encoder = (options.base_model, options.model) if isinstance(options, Generate) else ("miniworld",) * 2
-    profile = read_profile(options.preview_profile, base == encoder == "miniworld")
+    racing = choose_racing(options, base, encoder)
+    if racing.shown:
+        say(options.json, racing.shown)
     guard = IdentityGuard(
         pipe,
         scorer,
         subject,
         max_batch_size=options.max_batch_size,
-        policy=DEFAULT_POLICY if options.race else None,
+        policy=racing.policy,
         floors=chosen_floors(encoder, scorer, references, options.reject_copies, options.text_image_model),
-        profile=profile,
         duplicate_limit=COPY_LIMIT if options.reject_copies else None,
     )
     guidance: dict[str, Any] = {} if options.guidance_scale is None else {"guidance_scale": options.guidance_scale}
@@ -91,39 +89,15 @@ def guarded(
         result = guard(
             prompt,
             num_images=options.num_images,
-            num_candidates=options.num_candidates,
+            num_candidates=racing.num_candidates,
             seed=options.seed,
             budget=options.budget,
             until_accepted=options.until_accepted,
             num_inference_steps=options.steps,
             **guidance,
         )
-    if options.preview_profile is not None and guard.profile is not None:
-        write_atomically(options.preview_profile, json.dumps(guard.profile.to_dict()) + "\n")
+    record(racing, result, options)
     return result
-
-
-def read_profile(path: Path | None, toy_world: bool) -> "PreviewProfile | None":
-    """What `--preview-profile` means: what the file knows, or None where there is none yet.
-
-    toy_world: base model and encoder are the packaged ones, whose profile comes with them.
-
-    Raises InputError for a file that is no profile, or a folder that cannot be written to.
-    """
-    from nearid_personalize.guard.profile import PreviewProfile
-
-    if path is not None:
-        check_writable(path.parent, "--preview-profile")
-    elif toy_world:
-        from nearid_personalize.miniworld import weights_dir
-
-        path = weights_dir("pipeline") / "preview_profile.json"
-    if path is None or not path.exists():
-        return None
-    try:
-        return PreviewProfile.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (InputError, ValueError, OSError, AttributeError, KeyError) as error:
-        raise InputError(f"--preview-profile {path}: not a preview profile ({error}); give another file name") from None
 
 
 def finish_generation(

@@ -48,9 +48,11 @@ class RacePlan:
     num_candidates: int
     """How many to begin."""
     cost: float
-    """Mean compute of the recorded races under this plan, previews counted; 1: `baseline_candidates` run to the end."""
+    """Mean compute of the recorded races under this plan, previews counted; 1: `baseline_candidates` run to the end.
+    NaN: not measured."""
     gain: float
-    """Mean gain in final score over a random candidate; 1: that of the best of `baseline_candidates`."""
+    """Mean gain in final score over a random candidate; 1: that of the best of `baseline_candidates`. NaN: not
+    measured."""
     num_images: int
     baseline_candidates: int
     max_loss: float
@@ -60,25 +62,26 @@ class RacePlan:
     groups_needed: int | None
     """Groups that a plan with this `max_loss` takes; None: no number of groups like these is enough."""
     is_certified: bool
-    """Whether `max_loss` holds for new groups; False: too few groups, and this is the most careful plan."""
+    """Whether there were groups enough for `max_loss` to hold for new ones; False: this is a careful plan."""
 
     @property
     def advice(self) -> str:
         """One sentence for people."""
         to_the_end = f"run {self.num_candidates} candidates to the end"
-        if self.policy is None:
+        needed = "" if self.groups_needed is None else f", it takes {self.groups_needed}"
+        too_few = f"{self.num_groups} recorded prompts are too few to state a loss of {self.max_loss:g}{needed}"
+        if self.policy is None and self.is_certified:
             return f"do not race: previews save too little here; {to_the_end}"
-        figures = (
-            f"begin {self.num_candidates}, ask at {', '.join(f'{f:g}' for f in self.policy.step_fractions)}: "
-            f"{self.gain:.3f} of what best of {self.baseline_candidates} gains, at {self.cost:.3f} of its compute"
-        )
+        if self.policy is None:
+            return f"do not race yet: {too_few}, and a careful race saves too little; {to_the_end}"
+        asked_at = ", ".join(f"{fraction:g}" for fraction in self.policy.step_fractions)
+        figures = f"begin {self.num_candidates}, ask at {asked_at}"
+        if not math.isnan(self.cost):
+            baseline = f"best of {self.baseline_candidates}"
+            figures = f"{figures}: {self.gain:.3f} of what {baseline} gains, at {self.cost:.3f} of its compute"
         if self.is_certified:
             return f"{figures}; a loss of at most {self.max_loss:g} holds for new prompts ({self.num_groups} recorded)"
-        enough = "no number of them is enough" if self.groups_needed is None else f"it takes {self.groups_needed}"
-        return (
-            f"{figures}; a careful plan, as {self.num_groups} recorded prompts are too few to state a loss of "
-            f"{self.max_loss:g}: {enough}"
-        )
+        return f"{figures}; a careful plan: {too_few}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -89,7 +92,10 @@ class RacePlan:
                 "step_fractions": list(self.policy.step_fractions),
                 "profile": self.policy.profile.to_dict() if self.policy.profile else None,
             }
-        return {name: getattr(self, name) for name in PLAIN_FIELDS} | {"policy": policy}
+        values = {name: getattr(self, name) for name in PLAIN_FIELDS}
+        for name in MEASURED:
+            values[name] = None if math.isnan(values[name]) else values[name]
+        return values | {"policy": policy}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RacePlan":
@@ -99,10 +105,13 @@ class RacePlan:
         if missing := sorted({*PLAIN_FIELDS, "policy"} - values.keys()):
             raise InputError(f"race plan: missing {missing}")
         for name in PLAIN_FIELDS:
-            is_unset = name == "groups_needed" and values[name] is None
+            is_unset = name in ("groups_needed", *MEASURED) and values[name] is None
             if not is_unset and not isinstance(values[name], (int, float)):
                 raise InputError(f"race plan: {name} must be a number, got {values[name]!r}")
-        return cls(policy=_policy_from(values["policy"]), **{name: values[name] for name in PLAIN_FIELDS})
+        plain = {name: values[name] for name in PLAIN_FIELDS}
+        for name in MEASURED:
+            plain[name] = math.nan if plain[name] is None else plain[name]
+        return cls(policy=_policy_from(values["policy"]), **plain)
 
 
 PLAIN_FIELDS = (
@@ -116,6 +125,7 @@ PLAIN_FIELDS = (
     "groups_needed",
     "is_certified",
 )
+MEASURED = ("cost", "gain")
 
 
 def _policy_from(values: Any) -> RacingPolicy | None:
@@ -229,7 +239,7 @@ def plan_race(
     if chosen.cost < WORTH_RACING and gain > 1e-6:
         return chosen
     # To run the baseline's candidates to the end loses nothing, whatever the records are
-    return replace(chosen, policy=None, num_candidates=setting.baseline, cost=1.0, gain=1.0, is_certified=True)
+    return replace(chosen, policy=None, num_candidates=setting.baseline, cost=1.0, gain=1.0)
 
 
 # --- the records -----------------------------------------------------------------------------------------------------
