@@ -1,11 +1,13 @@
 """Files written whole, safe names, and checked output folders."""
 
+import json
 import os
 import re
 import tempfile
 import unicodedata
 import uuid
 from pathlib import Path
+from typing import Any
 
 from nearid_personalize.errors import InputError
 
@@ -24,6 +26,15 @@ def safe_name(name: str, default: str = "file") -> str:
     stem, dot, suffix = plain.rpartition(".")
     kept = f"{stem[: 99 - len(suffix)]}.{suffix}" if dot and len(suffix) < 20 else plain[:100]
     return f"_{kept}" if kept.split(".")[0].upper() in _DEVICES else kept or default
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; ValueError where it is none, or nested too deep to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

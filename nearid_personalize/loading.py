@@ -1,6 +1,5 @@
 """What a run begins with: a device, a precision, and a pipeline from a folder, a file or the Hub."""
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 
 from nearid_personalize.errors import InputError
+from nearid_personalize.files import parse_json
 from nearid_personalize.hub import HUB_ERRORS, download_fault, split_revision
 from nearid_personalize.names import packaged
 
@@ -84,7 +84,7 @@ def _check_pipeline_folder(flag_value: str, folder: Path) -> None:
     if not (folder / "model_index.json").is_file():
         raise InputError(f"--base-model {flag_value}: has no model_index.json; give the folder of a diffusers pipeline")
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index = parse_json((folder / "model_index.json").read_text(encoding="utf-8"))
     except ValueError:
         raise InputError(f"--base-model {flag_value}: model_index.json is damaged; download the model again") from None
     for part in (folder / name for name in index):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.files import write_atomically
+from nearid_personalize.files import parse_json, write_atomically
 
 REPORT, METADATA, PARQUET, IMAGES = "report.json", "metadata.jsonl", "pairs.parquet", "images"
 
@@ -88,7 +88,7 @@ def read_run(folder: Path) -> Run:
     """Read a run's report; candidates that were stopped or have no score have no picture to pair."""
     path = folder / REPORT
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = parse_json(path.read_text(encoding="utf-8"))
         pictures = [
             Picture(folder / found["image"], found["score"], found["status"], found["seed"])
             for found in report["candidates"]

@@ -254,8 +254,8 @@ def test_status_three_when_nothing_is_accepted(
     ("arguments", "words"),
     [
         ([], ["quickstart", "score", "generate"]),
-        (["paint"], ["paint", "quickstart, score, verify, generate"]),
-        (["score"], ["--references", "--images", "nearid score --help"]),
+        (["paint"], ["paint", "quickstart, score, verify"]),
+        (["score"], ["--references", "nearid score --help"]),
         (["score", "--references", "a", "--images", "b", "--modle", "x"], ["--modle"]),
         (["score", "--references", "a", "--images", "b", "--device", "gpu"], ["--device", "gpu", "cuda"]),
         (["quickstart", "--num-candidates", "3"], ["--num-candidates 3", "--num-images (4)"]),

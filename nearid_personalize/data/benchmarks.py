@@ -9,13 +9,13 @@ DreamBench++ is read as its authors publish it, two archives unpacked into one f
 where a subject is `<category>_<number>_<name>`: `live_subject_animal_00_kitten`, `object_20_magic_cube`.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nearid_personalize.errors import InputError
+from nearid_personalize.files import parse_json
 from nearid_personalize.images import IMAGE_SUFFIXES
 
 from .rows import NEARID, NEARID_SPLITS, Rows
@@ -200,7 +200,7 @@ def _rating_groups(place: Path) -> tuple[Path, Path]:
 def _ratings(path: Path) -> dict[str, float]:
     """One file of ratings, its keys as `_key` spells them."""
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
+        read = parse_json(path.read_text(encoding="utf-8"))
     except OSError:
         raise InputError(f"{path}: no such file; every rated method needs one in both groups") from None
     except ValueError as error:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nearid_personalize.errors import InputError
+from nearid_personalize.files import parse_json
 
 _HEADER_BYTES = 1024
 """Room for the file's header, which can be told only once the last picture has come."""
@@ -149,11 +150,11 @@ def open_shard(path: Path) -> ShardFile:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
-            entries = json.loads(file.read(min(length, 100 * _HEADER_BYTES)))
+            entries = parse_json(file.read(min(length, 100 * _HEADER_BYTES)))
             tokens, start = entries["tokens"], 8 + length
             facts = [_small_tensor(file, entries[name], start) for name in ("slots", "anchor_weights")]
             whole = path.stat().st_size == start + tokens["data_offsets"][1]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
             whole = False
     if not whole:
         raise InputError(f"{path}: no whole shard of tokens; delete this file, and its tokens are computed again")

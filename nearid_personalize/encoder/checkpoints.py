@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from nearid_personalize.encoder.preprocessing import Preprocessing
-from nearid_personalize.errors import InputError
+from nearid_personalize.errors import InputError, in_one_line
 from nearid_personalize.files import write_atomically
 from nearid_personalize.hub import download, is_hub_id
 
@@ -57,6 +58,13 @@ _RELEASED_FIELDS = (
 )
 
 
+CONFIG_ERRORS = (
+    *(OSError, ValueError, TypeError, KeyError, AttributeError, IndexError),
+    *(ArithmeticError, RuntimeError, AssertionError, StrictDataclassError),
+)
+"""What transformers raises on a config.json that is damaged, or says what no model can be."""
+
+
 # --- finding and reading ---------------------------------------------------------------------------------------------
 def checkpoint_folder(name_or_folder: str | Path) -> Path:
     """The local folder of a checkpoint: the folder itself, or that of a Hub id (owner/name, owner/name@revision).
@@ -92,6 +100,11 @@ def load_weights(
         )
     except SafetensorError as error:
         raise InputError(f"{name}: model.safetensors cannot be read ({error}); get the file again") from None
+    except CONFIG_ERRORS as error:
+        reason = in_one_line(error)
+        raise InputError(
+            f"{name}: no model can be made of config.json and its weights ({reason}); get them again"
+        ) from None
     finally:
         logging.set_verbosity(verbosity)
     if info["missing_keys"]:
@@ -175,7 +188,11 @@ def attach_head(model: "NearIDModel", folder: str | Path) -> None:
             f"{metadata['trunk_fingerprint'][:12]}, not to {model.config.vision_config.model_type} trunk "
             f"{model.name_or_path} with fingerprint {fingerprint[:12]}; give the trunk that it was trained on"
         )
-    model.head.load_state_dict(tensors)
+    try:
+        model.head.load_state_dict(tensors)
+    except RuntimeError as error:
+        file, reason = Path(folder) / HEAD_FILE, in_one_line(error)
+        raise InputError(f"{file}: not the weights of this head ({reason}); get it again") from None
 
 
 def _read_head(folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -256,8 +273,8 @@ def load_encoder(
 def _load_whole(folder: Path, name: str | Path, dtype: torch.dtype) -> NearIDModel:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: config.json cannot be read ({str(error).splitlines()[0]})") from None
+    except CONFIG_ERRORS as error:
+        raise InputError(f"{name}: config.json cannot be read ({in_one_line(error)}); get it again") from None
     if config.model_type == NearIDConfig.model_type:
         return load_weights(NearIDModel, folder, name, dtype)
     if config.model_type not in CHECKPOINT_TYPES:

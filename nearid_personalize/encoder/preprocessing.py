@@ -11,8 +11,11 @@ import torch
 from PIL import Image
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.files import write_atomically
+from nearid_personalize.files import parse_json, write_atomically
 from nearid_personalize.images import Resample, preprocess
+
+MAX_SIDE = 8192
+"""Pixels; no encoder sees larger pictures."""
 
 FILE = "preprocessor_config.json"
 
@@ -46,18 +49,18 @@ class Preprocessing:
         """
         path = Path(folder) / FILE
         try:
-            fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            fields = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except ValueError as error:
             raise InputError(f"{path}: no JSON ({error}); get the file again, or remove it") from None
         if not isinstance(fields, dict):
             raise InputError(f"{path}: {type(fields).__name__}, where an object is needed; get the file again")
         resample = fields.get("resample")
-        if resample is not None and resample not in _PILLOW_FILTERS:
+        if resample is not None and not (isinstance(resample, int) and resample in _PILLOW_FILTERS):
             raise InputError(f"{path}: resample {resample}; 2 (bilinear) and 3 (bicubic) work")
         return cls(
             size=_side(fields, default.size, path),
-            mean=tuple(fields.get("image_mean") or default.mean),
-            std=tuple(fields.get("image_std") or default.std),
+            mean=_channels(fields, "image_mean", default.mean, path),
+            std=_channels(fields, "image_std", default.std, path),
             resample=default.resample if resample is None else _PILLOW_FILTERS[resample],
         )
 
@@ -82,15 +85,31 @@ class Preprocessing:
         write_atomically(Path(folder) / FILE, self.to_json())
 
 
+def _channels(fields: dict[str, Any], name: str, default: Sequence[float], path: Path) -> tuple[float, ...]:
+    """A number for each channel; those that pixels are divided by are above 0."""
+    values = fields.get(name) or list(default)
+    known = isinstance(values, list) and len(values) == 3 and all(_is_number(value) for value in values)
+    if not known or (name == "image_std" and min(values) <= 0):
+        raise InputError(f"{path}: {name} {str(values)[:80]}; three numbers work, above 0 for image_std")
+    return tuple(map(float, values))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
+
+
 def _side(fields: dict[str, Any], default: int, path: Path) -> int:
     """Pixels of the square that the model sees: the crop where the processor crops, else the size it resizes to."""
     if "max_num_patches" in fields:  # NaFlex: as many patches as fit, here in a square
-        return fields.get("patch_size", 16) * isqrt(fields["max_num_patches"])
-    crop = fields.get("crop_size") if fields.get("do_center_crop", True) else None
-    size = crop or fields.get("size") or default
-    if not isinstance(size, dict):
-        return int(size)
-    sides = {size[name] for name in ("height", "width", "shortest_edge") if name in size}
-    if len(sides) != 1:
-        raise InputError(f"{path}: size {size}; one side for both height and width works")
-    return sides.pop()
+        patch, count = fields.get("patch_size", 16), fields["max_num_patches"]
+        side = patch * isqrt(count) if isinstance(patch, int) and isinstance(count, int) and count > 0 else None
+    else:
+        crop = fields.get("crop_size") if fields.get("do_center_crop", True) else None
+        size = crop or fields.get("size") or default
+        named = size if isinstance(size, dict) else {"height": size}
+        sides = [named[name] for name in ("height", "width", "shortest_edge") if name in named]
+        side = sides[0] if sides and all(other == sides[0] for other in sides) else None
+    if not isinstance(side, int) or isinstance(side, bool) or not 1 <= side <= MAX_SIDE:
+        told = fields.get("crop_size") or fields.get("size") or fields.get("max_num_patches")
+        raise InputError(f"{path}: size {str(told)[:80]}; one side of 1 to {MAX_SIDE} for height and width works")
+    return side

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from nearid_personalize.encoder.checkpoints import TOKENIZER_FILES, checkpoint_folder, load_weights
+from nearid_personalize.encoder.checkpoints import CONFIG_ERRORS, TOKENIZER_FILES, checkpoint_folder, load_weights
 from nearid_personalize.encoder.preprocessing import Preprocessing
 from nearid_personalize.encoder.trunks import default_preprocessing
-from nearid_personalize.errors import InputError
+from nearid_personalize.errors import InputError, in_one_line
 from nearid_personalize.floors.base import _short
 from nearid_personalize.names import packaged
 
@@ -45,9 +45,8 @@ class TextImageEncoder:
         folder = checkpoint_folder(name_or_folder)
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"{name_or_folder}: config.json cannot be read ({reason})") from None
+        except CONFIG_ERRORS as error:
+            raise InputError(f"{name_or_folder}: config.json cannot be read ({in_one_line(error)})") from None
         if config.model_type not in _TEXT_IMAGE_CLASSES:
             known = ", ".join(_TEXT_IMAGE_CLASSES)
             raise InputError(f"{name_or_folder}: a model of type {config.model_type!r}; {known} embed texts too")

@@ -21,7 +21,7 @@ from nearid_personalize.encoder.checkpoints import checkpoint_folder, load_encod
 from nearid_personalize.encoder.model import NearIDModel
 from nearid_personalize.encoder.preprocessing import Preprocessing
 from nearid_personalize.errors import InputError
-from nearid_personalize.files import write_atomically
+from nearid_personalize.files import parse_json, write_atomically
 from nearid_personalize.names import packaged
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def _quality_folder(name_or_folder: str | Path) -> Path:
 def _read_quality(path: Path) -> tuple[QualityProbe, QualityRates, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            rates = QualityRates(**json.loads((file.metadata() or {})["quality"]))
+            rates = QualityRates(**parse_json((file.metadata() or {})["quality"]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         answer = tensors.pop("answer")
         hidden, width = tensors["read.1.weight"].shape

@@ -11,7 +11,7 @@ import torch
 from torch import BoolTensor, FloatTensor
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.files import write_atomically
+from nearid_personalize.files import parse_json, write_atomically
 from nearid_personalize.guard.plan import RacePlan, plan_race
 from nearid_personalize.guard.policy import StoppingPolicy
 from nearid_personalize.guard.result import Candidate
@@ -102,7 +102,7 @@ class RaceRecords:
     def load(cls, path: Path) -> "RaceRecords":
         """Read the file; raises InputError, naming it, when it is damaged."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(path.read_text(encoding="utf-8"))
             races = []
             for race in values["races"]:
                 previews = tuple(_with_nan(row) for row in race["previews"])

@@ -5,7 +5,6 @@ layers are, which modules a pattern of names visits. So all of that is checked h
 model, before a tensor is loaded.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from nearid_personalize.errors import InputError
+from nearid_personalize.files import parse_json
 
 
 def check_peft() -> None:
@@ -205,8 +205,8 @@ def _check_settings(text: str | None) -> None:
     if text is None:
         return
     try:
-        told = json.loads(text)
-    except (ValueError, RecursionError):
+        told = parse_json(text)
+    except ValueError:
         raise _Fault("its lora_adapter_metadata is no JSON; save it again") from None
     if not isinstance(told, dict):
         raise _Fault("its lora_adapter_metadata is no JSON object; save it again")

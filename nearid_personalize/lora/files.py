@@ -1,7 +1,6 @@
 """LoRA files: written so that a stock `pipe.load_lora_weights` gives back what was trained, read so that all arrive."""
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 
 from nearid_personalize.errors import InputError
+from nearid_personalize.files import parse_json
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -94,8 +94,8 @@ def subject_of(infos: Sequence["LoraInfo"]) -> tuple[str, str] | None:
     """What the LoRAs' metadata call the subject, and its rare token ("sks dog", "sks"); None when none says."""
     for info in infos:
         try:
-            told = json.loads(info.metadata.get("nearid_personalize", "{}"))
-        except (ValueError, RecursionError):
+            told = parse_json(info.metadata.get("nearid_personalize", "{}"))
+        except ValueError:
             told = {}
         token = told.get("token") if isinstance(told, dict) else None
         prompt = str(told.get("prompt", "")).split() if token else []
@@ -135,8 +135,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 def told_metadata(info: LoraInfo) -> dict[str, Any]:
     """What `save_lora` was told about a checked file; empty for files from elsewhere."""
     try:
-        told = json.loads(info.metadata.get(METADATA_KEY, "{}"))
-    except (ValueError, RecursionError):
+        told = parse_json(info.metadata.get(METADATA_KEY, "{}"))
+    except ValueError:
         told = None
     if not isinstance(told, dict):
         raise InputError(f"LoRA {info.file}: its {METADATA_KEY} metadata is no JSON object; train it again")

@@ -5,7 +5,6 @@ config.yaml, and the model cards (README.md) of SimpleTuner and of diffusers' sc
 cannot be read counts as not there.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from nearid_personalize.files import parse_json
 
 MAX_NOTE_BYTES = 1_000_000
 """Larger files are no notes of a trainer."""
@@ -141,8 +142,8 @@ def read_note(path: Path) -> str:
 def from_json(text: str) -> Any:
     """The value of a JSON text, None where it is none."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         return None
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from nearid_personalize.errors import InputError
-from nearid_personalize.files import write_atomically
+from nearid_personalize.files import parse_json, write_atomically
 from nearid_personalize.scorer.calibration import (
     FALSE_ACCEPT_RATES,
     Aggregation,
@@ -116,9 +116,9 @@ class Subject:
             tensors, metadata = _read_safetensors(path)
             known = tuple(
                 KnownScores(impostor=tensors[f"impostor.{i}"], genuine=tensors[f"genuine.{i}"], **facts)
-                for i, facts in enumerate(json.loads(metadata["known"]))
+                for i, facts in enumerate(parse_json(metadata["known"]))
             )
-            origin = ThresholdOrigin(**json.loads(metadata["origin"]))
+            origin = ThresholdOrigin(**parse_json(metadata["origin"]))
             threshold, aggregation = float(metadata["threshold"]), metadata["aggregation"]
             return cls(tensors["embeddings"], threshold, aggregation, origin, known)  # type: ignore[arg-type]
         except (SafetensorError, KeyError, TypeError, ValueError):
