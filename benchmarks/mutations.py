@@ -21,9 +21,9 @@ from PIL import Image
 from safetensors.torch import save
 
 from nearid_personalize import IdentityScorer, InputError
-from nearid_personalize.commands.generate import read_profile
 from nearid_personalize.encoder.checkpoints import load_encoder
 from nearid_personalize.floors.quality import QualityFloor
+from nearid_personalize.guard.records import RaceRecords
 from nearid_personalize.images import load_image
 from nearid_personalize.lora.check import check_lora_file
 from nearid_personalize.lora.files import subject_of, told_metadata
@@ -34,7 +34,7 @@ from nearid_personalize.scorer.subject import Subject, read_calibration
 
 PICTURES = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 WEIGHTS = ("subject", "calibration", "quality", "lora", "head")
-TEXTS = ("report", "profile", "config", "preprocessor", "trainer")
+TEXTS = ("report", "plan", "config", "preprocessor", "trainer")
 Reader = Callable[[Path], object]
 
 
@@ -97,8 +97,8 @@ class Samples:
         readers["head"] = (head, head.read_bytes(), self.read_head)
         readers["lora"] = (self.root / "lora.safetensors", lora_bytes(), self.read_lora)
         readers["report"] = (self.run / "report.json", report_bytes(), self.read_report)
-        profile = weights_dir("pipeline") / "preview_profile.json"
-        readers["profile"] = (self.root / "profile.json", profile.read_bytes(), lambda path: read_profile(path, False))
+        plan = weights_dir("pipeline") / "race_plan.json"
+        readers["plan"] = (self.root / "plan.json", plan.read_bytes(), RaceRecords.load)
         process = {"trigger_word": "sks", "sample": {"prompts": ["[trigger] in space"]}}
         config = json.dumps({"config": {"process": [process]}}).encode()
         readers["trainer"] = (self.root / "config.yaml", config, lambda path: notes_beside(path, {}))

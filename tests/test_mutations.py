@@ -84,7 +84,7 @@ def test_what_broke_a_reader_once_is_refused(samples, kind, change):
     assert found == "refused"
 
 
-@pytest.mark.parametrize("kind", ["preprocessor", "config", "report", "profile"])
+@pytest.mark.parametrize("kind", ["preprocessor", "config", "report", "plan"])
 def test_json_nested_without_end_is_refused(samples, kind):
     path, whole, reader = samples.readers[kind]
     found = outcome(path, b"[" * 100_000, reader)

@@ -129,12 +129,12 @@ def test_without_a_file_the_default_holds(tmp_path):
         ("{", "no JSON"),
         ("[]", "list, where an object is needed"),
         ('{"resample": 1}', "resample 1; 2 .bilinear. and 3 .bicubic. work"),
-        ('{"size": {"height": 3, "width": 4}}', "one side for both"),
-        ('{"size": {"longest_edge": 4}}', "one side for both"),
+        ('{"size": {"height": 3, "width": 4}}', "one side of 1 to 8192 for height and width"),
+        ('{"size": {"longest_edge": 4}}', "one side of 1 to 8192 for height and width"),
     ],
 )
 def test_what_cannot_be_done_is_refused(tmp_path, content, message):
     (tmp_path / "preprocessor_config.json").write_text(content)
-    with pytest.raises(InputError, match=rf"preprocessor_config\.json: {message}|{message}") as refused:
+    with pytest.raises(InputError, match=message) as refused:
         Preprocessing.from_folder(tmp_path, DEFAULT)
     assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
