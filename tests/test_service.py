@@ -11,7 +11,7 @@ from conftest import checkered
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from nearid_personalize import IdentityScorer, cli
+from nearid_personalize import Gallery, IdentityScorer, cli
 from nearid_personalize.commands.options import Serve
 from nearid_personalize.commands.serve import listen, token_of
 from nearid_personalize.errors import InputError
@@ -101,6 +101,53 @@ def test_verify_answers_as_the_library_does(client, scorer, photos, others):
     assert together["name"] == "1.png"  # the nearer of the two
 
 
+@pytest.fixture(scope="module")
+def gallery(scorer, tmp_path_factory) -> Gallery:
+    """Three pets."""
+    found = Gallery.open(tmp_path_factory.mktemp("gallery") / "pets", scorer)
+    for number in range(3):
+        found.add(f"pet {number}", example_references(number)[0][:3], shelf=number)
+    return found
+
+
+def test_search_answers_as_the_gallery_does(service, gallery, photos, others):
+    client = TestClient(create_app(replace(service, gallery=gallery)))
+    asked = [others[3], checkered(0, 64), photos[3]]
+    answer = client.post("/search", data={"limit": "2"}, files=uploads("images", asked)).json()
+    expected = gallery.search(asked, None, limit=2)
+    assert [item["name"] for item in answer["items"]] == ["0.png", "1.png", "2.png"]
+    assert [item["subject"] for item in answer["items"]] == ["pet 1", None, "pet 0"]
+    assert answer["subjects"] == 3 and answer["threshold"] == pytest.approx(expected[0].threshold)
+    assert answer["false_accept_rate"] == expected[0].rule.rate
+    for item, own in zip(answer["items"], expected, strict=True):
+        assert [match["subject"] for match in item["matches"]] == [match.name for match in own.matches]
+        assert item["score"] == pytest.approx(own.score, abs=1e-5)
+        assert item["false_accept_rate"] == pytest.approx(own.false_accept_rate)
+    assert answer["items"][0]["matches"][0]["metadata"] == {"shelf": 1}
+    both = [photos[3], photos[2]]
+    asked = {"one_item": "true", "false_accept_rate": "0.9"}
+    (together,) = client.post("/search", data=asked, files=uploads("images", both)).json()["items"]
+    (own,) = gallery.search([both], 0.9)
+    assert together["name"] == "0.png" and together["subject"] == own.name == "pet 0"
+    assert together["score"] == pytest.approx(own.score, abs=1e-5)
+
+
+def test_search_refuses_in_a_sentence(service, client, gallery, photos):
+    absent = client.post("/search", files=uploads("images", photos[:1]))
+    assert absent.status_code == 422 and "nearid serve --gallery" in absent.json()["detail"]
+    searching = TestClient(create_app(replace(service, gallery=gallery)))
+    for asked, fault in (({"false_accept_rate": "0.0001"}, "--negatives"), ({"limit": "0"}, "greater than or equal")):
+        refused = searching.post("/search", data=asked, files=uploads("images", photos[:1]))
+        assert refused.status_code == 422 and fault in json.dumps(refused.json())
+
+
+def test_the_service_opens_no_gallery_that_is_not_there(capsys, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["serve", "--model", "miniworld", "--port", "0", "--gallery", str(tmp_path / "none")])
+    assert ended.value.code == 2 and "no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("data", "files", "fault"),
     [
@@ -163,7 +210,7 @@ def test_a_full_line_is_told_to_come_back(service, photos):
 
 def test_openapi_describes_every_endpoint_and_no_page_loads_from_elsewhere(client):
     told = client.get("/openapi.json").json()
-    assert set(told["paths"]) == {"/health", "/enroll", "/subjects", "/subjects/{name}", "/score", "/verify"}
+    assert set(told["paths"]) == {"/health", "/enroll", "/subjects", "/subjects/{name}", "/score", "/verify", "/search"}
     for path in told["paths"].values():
         assert all(endpoint["description"] for endpoint in path.values())
     assert "HTTPBearer" in told["components"]["securitySchemes"]

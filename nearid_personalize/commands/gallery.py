@@ -198,8 +198,7 @@ def answered(
     try:
         return gallery.search_embedded(queries, options.false_accept_rate, where, options.limit, options.exact)
     except InputError as error:
-        message = str(error).replace("give more (add_negatives)", "give more (nearid gallery add --negatives)", 1)
-        raise InputError(message.replace("false_accept_rate", "--false-accept-rate", 1)) from None
+        raise InputError(str(error).replace("false_accept_rate", "--false-accept-rate", 1)) from None
 
 
 def report_of(

@@ -480,7 +480,7 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class Serve:
-    """Answer programs over HTTP: /enroll, /score, /verify; /openapi.json describes them."""
+    """Answer programs over HTTP: /enroll, /score, /verify, /search; /openapi.json describes them."""
 
     host: str = "127.0.0.1"
     """Address to listen on. Any but this machine's own needs --token."""
@@ -492,6 +492,8 @@ class Serve:
     """Trunk of a head that was saved alone, when it is not where it was: Hub id or folder."""
     subjects: Path | None = None
     """Folder where enrolled subjects are kept. Default: a temporary one, gone when the service ends."""
+    gallery: str | None = None
+    """Gallery that /search looks through: folder (LanceDB, or what else that opens), or qdrant://host:port/collection."""
     token: str | None = None
     """What callers must send as "Authorization: Bearer TOKEN"; better in the environment, as NEARID_TOKEN."""
     max_images: int = 64

@@ -23,12 +23,14 @@ def run_serve(options: Serve) -> int:
         raise InputError("the service needs FastAPI: pip install nearid-personalize[serve]")
     import uvicorn
 
+    from nearid_personalize.gallery import Gallery
     from nearid_personalize.scorer.scorer import IdentityScorer
     from nearid_personalize.service.app import Limits, Service, create_app
     from nearid_personalize.service.subjects import SubjectStore
 
     if options.subjects is not None:
         check_writable(options.subjects, "--subjects")
+    known = None if options.gallery is None else Gallery.open(options.gallery)
     listening = listen(options)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
@@ -40,7 +42,13 @@ def run_serve(options: Serve) -> int:
         max_pixels=options.max_megapixels * 10**6,
         max_waiting=options.max_waiting,
     )
-    service = Service(scorer=scorer, encoder=options.model, subjects=SubjectStore(folder), limits=limits)
+    service = Service(
+        scorer=scorer,
+        encoder=options.model,
+        subjects=SubjectStore(folder),
+        limits=limits,
+        gallery=None if known is None else Gallery.of_store(known.store, scorer, name=options.gallery or ""),
+    )
     host, port = listening.getsockname()[:2]
     print(f"NearID answers at http://{host}:{port}, described at /openapi.json (Ctrl+C ends it)", flush=True)
     server = uvicorn.Server(uvicorn.Config(create_app(service, token), log_level="warning"))

@@ -174,5 +174,5 @@ def _first_to_state(candidates: Sequence[StrangerScores], rate: float, size: int
     ask = "" if least is None else f", or ask for {math.ceil(1e4 * least) / 1e4:g} or more"
     raise InputError(
         f"false_accept_rate {rate:g}: for a gallery of {size} it takes {needed} negatives, pictures that show none of "
-        f"its subjects, and here are {num_negatives}; give more (add_negatives){ask}"
+        f"its subjects, and here are {num_negatives}; give more (nearid gallery add --negatives){ask}"
     )

@@ -39,6 +39,34 @@ class Verifications(BaseModel):
     items: list[Verified]
 
 
+class Like(BaseModel):
+    """A subject of the gallery."""
+
+    subject: str
+    score: float = Field(description="cosine with the item, in [-1, 1], larger = more alike")
+    metadata: dict[str, str | int | float | bool]
+
+
+class Found(BaseModel):
+    """One item."""
+
+    name: str = Field(description="the item's first picture, as it was uploaded")
+    subject: str | None = Field(description="the gallery's subject that it shows; null where it shows none")
+    score: float = Field(description="that of the subject most alike")
+    false_accept_rate: float | None = Field(description="smallest rate at which it would be taken for that subject")
+    matches: list[Like] = Field(description="the subjects most alike, best first, whether accepted or not")
+
+
+class Findings(BaseModel):
+    """Items in the order given."""
+
+    threshold: float = Field(description="the smallest accepted score of an item of one picture")
+    false_accept_rate: float | None = Field(description="share of strangers that are taken for a subject at most")
+    about: str = Field(description="what that rate rests on")
+    subjects: int = Field(description="how many were searched")
+    items: list[Found]
+
+
 class Enrolled(BaseModel):
     """A subject that is known from now on."""
 

@@ -1,4 +1,4 @@
-"""The endpoints: enroll, score, verify. What they do is the library's; here it is only asked for and answered."""
+"""The endpoints: enroll, score, verify, search. What they do is the library's; here it is asked for and answered."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -9,6 +9,7 @@ from fastapi.security import HTTPBearer
 from PIL import Image
 
 from nearid_personalize.errors import InputError
+from nearid_personalize.gallery import Finding, Gallery
 from nearid_personalize.gate import judge_pictures
 from nearid_personalize.images import MAX_PIXELS, load_upload
 from nearid_personalize.report import finite_or_none
@@ -16,7 +17,10 @@ from nearid_personalize.scorer.scorer import IdentityScorer
 from nearid_personalize.scorer.subject import Subject
 from nearid_personalize.service.answers import (
     Enrolled,
+    Findings,
+    Found,
     Health,
+    Like,
     Removed,
     Scored,
     Scores,
@@ -33,6 +37,12 @@ References = Annotated[list[UploadFile], File(description="photos of the subject
 SubjectName = Annotated[str | None, Form(description="an enrolled subject's name")]
 Strictness = Annotated[Literal["strict", "balanced", "lenient"], Form(description="1, 3 or 10 look-alikes in 100 pass")]
 Rate = Annotated[float | None, Form(gt=0, lt=1, description="share of look-alikes that may pass; before strictness")]
+
+OneItem = Annotated[bool, Form(description="all pictures show one item")]
+StrangerRate = Annotated[
+    float | None,
+    Form(gt=0, lt=1, description="share of strangers that may be taken for a subject; default 0.01 or what can be had"),
+]
 
 
 @dataclass(frozen=True)
@@ -51,12 +61,13 @@ class Limits:
 
 @dataclass
 class Service:
-    """The model, the subjects, and the limits. encoder: its name."""
+    """The model, the subjects, and the limits. encoder: its name. gallery: what /search looks through."""
 
     scorer: IdentityScorer
     encoder: str
     subjects: SubjectStore
     limits: Limits = field(default_factory=Limits)
+    gallery: Gallery | None = None
 
     def __post_init__(self) -> None:
         self.turns = Turns(self.limits.max_waiting)
@@ -77,6 +88,12 @@ class Service:
             raise InputError("give subject, the name of an enrolled one, or references, photos of it; one of the two")
         return self.scorer.enroll(references) if name is None else self.subjects.load(name)
 
+    def known(self) -> Gallery:
+        """The gallery; InputError when the service was started without one."""
+        if self.gallery is None:
+            raise InputError("this service has no gallery; start it with nearid serve --gallery URI")
+        return self.gallery
+
 
 def create_app(service: Service, token: str | None = None) -> FastAPI:
     """The app. token: what callers must send, None: nothing."""
@@ -92,6 +109,7 @@ def create_app(service: Service, token: str | None = None) -> FastAPI:
     app.add_exception_handler(InputError, refused)
     add_subjects(app, service)
     add_questions(app, service)
+    add_search(app, service)
     return app
 
 
@@ -160,7 +178,7 @@ def add_questions(app: FastAPI, service: Service) -> None:
         images: Uploads,
         subject: SubjectName = None,
         references: References = [],  # noqa: B006 - FastAPI copies it
-        one_item: Annotated[bool, Form(description="all pictures show one item")] = False,
+        one_item: OneItem = False,
         false_accept_rate: Annotated[float, Form(gt=0, lt=1)] = 0.01,
         false_reject_rate: Annotated[float, Form(gt=0, lt=1)] = 0.05,
     ) -> Verifications:
@@ -185,6 +203,47 @@ def add_questions(app: FastAPI, service: Service) -> None:
                 )
             )
         return Verifications(items=verified)
+
+
+def add_search(app: FastAPI, service: Service) -> None:
+    """The endpoint that looks through the gallery."""
+
+    @app.post("/search")
+    def search(
+        images: Uploads,
+        one_item: OneItem = False,
+        false_accept_rate: StrangerRate = None,
+        limit: Annotated[int, Form(ge=1, le=100, description="subjects named for each item")] = 5,
+    ) -> Findings:
+        """Which subject of the gallery each picture shows, or all of them as one item, if any."""
+        gallery = service.known()
+        with service.turns.place():
+            (pictures,) = service.pictures(images)
+            items = [pictures] if one_item else [[picture] for picture in pictures]
+            with service.turns.turn():
+                findings = gallery.search(items, false_accept_rate, limit=limit)
+        rule = findings[0].rule
+        return Findings(
+            threshold=rule.threshold,
+            false_accept_rate=rule.rate,
+            about=str(rule.origin),
+            subjects=rule.size,
+            items=[found_as(named(images[place]), finding) for place, finding in enumerate(findings)],
+        )
+
+
+def found_as(name: str, finding: Finding) -> Found:
+    """The answer about an item."""
+    matches = []
+    for match in finding.matches:
+        matches.append(Like(subject=match.name, score=match.score, metadata=dict(match.metadata)))
+    return Found(
+        name=name,
+        subject=finding.name,
+        score=finding.score,
+        false_accept_rate=finding.false_accept_rate,
+        matches=matches,
+    )
 
 
 def at_rate(subject: Subject, strictness: str, false_accept_rate: float | None) -> Subject:
