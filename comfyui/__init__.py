@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .gallery_nodes import AddToGallery, WhoIsIt
 from .gate_nodes import DriftMap, Floors, Gate, Rank, Verify
 from .reroll import RerollSeed, RerollUntilAccepted
 from .subject_nodes import EnrollSubject, LoadFolder, LoadNearID, LoadSubject
@@ -16,6 +17,8 @@ NODES = [
     Floors,
     DriftMap,
     Verify,
+    AddToGallery,
+    WhoIsIt,
     RerollSeed,
     RerollUntilAccepted,
 ]

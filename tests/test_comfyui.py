@@ -15,7 +15,7 @@ from conftest import checkered
 from PIL import Image
 from transformers.utils import is_torchvision_available
 
-from nearid_personalize import IdentityScorer, InputError
+from nearid_personalize import Gallery, IdentityScorer, InputError
 from nearid_personalize.miniworld import example_references
 
 PACK = Path(__file__).parent.parent / "comfyui"
@@ -96,6 +96,7 @@ def test_every_node_loads_and_describes_itself(nodes):
     assert set(nodes) == {
         *("NearIDLoad", "NearIDEnroll", "NearIDLoadSubject", "NearIDLoadFolder", "NearIDGate", "NearIDRank"),
         *("NearIDFloors", "NearIDDriftMap", "NearIDVerify", "NearIDRerollSeed", "NearIDReroll"),
+        *("NearIDGalleryAdd", "NearIDGallery"),
     }
     for name, node in nodes.items():
         schema = node.GET_SCHEMA()
@@ -178,6 +179,36 @@ def test_verify_routes_by_verdict(nodes, nearid, subject, mixed):
         assert blocked(images) if not places else torch.equal(images, batch(mixed)[places])
     *routed, verdicts, _ = run(nodes["NearIDVerify"], images=batch([mixed[1], mixed[3]]), one_item=True, **asked)
     assert len(verdicts) == 1 and sum(not blocked(images) for images in routed) == 1
+
+
+def test_a_gallery_says_who_it_is(nodes, nearid, mixed):
+    import folder_paths
+
+    who, root = nodes["NearIDGallery"], Path(folder_paths.models_dir) / "nearid_galleries"
+    for number in range(3):
+        photos = batch(example_references(number)[0][:3])
+        added = {"nearid": nearid, "photos": photos, "gallery": "../my pets", "name": f"pet {number}"}
+        (about,) = run(nodes["NearIDGalleryAdd"], **added)
+    assert about == "pet 2: 3 new photos; 3 subjects in my_pets" and (root / "my_pets").is_dir()
+    (listed,) = [entry.options for entry in who.GET_SCHEMA().inputs if entry.id == "gallery"]
+    assert listed == ["my_pets"]
+    before = who.fingerprint_inputs(gallery="my_pets")
+    assert before == who.fingerprint_inputs(gallery="my_pets")
+    asked = [example_references(1)[0][3], checkered(0, 64), mixed[3]]
+    shared = {"nearid": nearid, "gallery": "my_pets", "false_accept_rate": 0.0}
+    known, unknown, names, scores, report = run(who, images=batch(asked), one_item=False, **shared)
+    assert names == ["pet 1", "", "pet 0"] and len(report.splitlines()) == 3 and "none of them" in report
+    assert torch.equal(known, batch([asked[0], asked[2]])) and torch.equal(unknown, batch([asked[1]]))
+    expected = Gallery.open(root / "my_pets", nearid.scorer).search(asked, None)
+    assert scores == pytest.approx([found.score for found in expected], abs=1e-5)
+    known, unknown, names, *_ = run(who, images=batch([asked[1]] * 2), one_item=True, **shared)
+    assert blocked(known) and len(unknown) == 2 and names == [""]
+    run(nodes["NearIDGalleryAdd"], **{**added, "name": "another"})
+    assert who.fingerprint_inputs(gallery="my_pets") != before
+    for name in ("(none yet)", "../../input", "none"):
+        with pytest.raises(InputError, match="not found"):
+            run(who, images=batch(asked), one_item=False, **{**shared, "gallery": name})
+        assert "not found" in who.fingerprint_inputs(gallery=name)
 
 
 def test_a_subject_is_saved_and_loaded(nodes, nearid, subject, mixed):
