@@ -135,10 +135,14 @@ def genuine_scores(subject: Subject) -> Tensor | None:
 
 def error_rates(scores: Tensor, subject: Subject) -> tuple[float | None, float | None]:
     """Scores [N] of one item's pictures -> the smallest false-accept and false-reject rates, see `Verification`."""
-    accepts = [combined(p_values(scores, known.impostor)) for known in subject.known]
+    accepts = [_rate_of(scores, known.impostor) for known in subject.known]
     genuine = genuine_scores(subject)
-    rejects = None if genuine is None else combined(p_values(-scores, -genuine))
+    rejects = None if genuine is None else _rate_of(-scores, -genuine)
     return max(accepts, default=None), rejects
+
+
+def _rate_of(scores: Tensor, known: Tensor) -> float:
+    return combined(p_values(scores, known), smallest_rate(len(known)))
 
 
 def judge(false_accept: float | None, false_reject: float | None, accept_rate: float, reject_rate: float) -> Verdict:

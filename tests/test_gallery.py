@@ -326,7 +326,14 @@ def test_several_pictures_are_one_question():
     negatives = torch.linspace(0, 0.5, 199)
     found = rule(50, 0.05, negatives.tolist())
     assert found.accepts(0.6, torch.tensor([0.6, 0.6])) and not found.accepts(0.49, torch.tensor([0.6, 0.38]))
-    assert found.rate_of(torch.tensor([0.6, 0.6])) == pytest.approx(2 / 200)
+    assert found.rate_of(torch.tensor([0.6, 0.6])) == pytest.approx(1 / 200)
+    assert found.rate_of(torch.tensor([0.6, 0.498])) == pytest.approx(3 / 200)
+
+
+def test_two_pictures_find_their_subject_where_one_does_at_the_least_rate():
+    found = rule(3, None, own=[0.1, 0.2, 0.3])
+    assert found.accepts(0.9, torch.tensor([0.9])) and found.accepts(0.9, torch.tensor([0.9, 0.8]))
+    assert not found.accepts(0.9, torch.tensor([0.9, 0.15]))
 
 
 @pytest.mark.parametrize("size", [5, 40])

@@ -46,7 +46,7 @@ class StrangerScores:
 
     def rate_of(self, scores: Tensor) -> float:
         """Largest scores [N] of the pictures of one query -> the smallest rate in (0, 1] at which they are accepted."""
-        return combined((self.factor * p_values(scores, self.scores)).clamp(max=1))
+        return combined((self.factor * p_values(scores, self.scores)).clamp(max=1), self.least)
 
     def threshold(self, false_accept_rate: float) -> float:
         """The smallest score of one picture that is accepted at a rate, or at the smallest that these can state."""

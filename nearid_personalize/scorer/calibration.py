@@ -103,12 +103,16 @@ def p_values(scores: Tensor, known: Tensor) -> Tensor:
     return (higher + each).double() / ((count + 1) * each)
 
 
-def combined(p: Tensor) -> float:
+def combined(p: Tensor, least: float) -> float:
     """P-values [N] of one item's pictures -> one for the item: twice their mean, at most 1.
 
-    Valid however the pictures depend on each other (Rüschendorf, 1982; Vovk and Wang, Biometrika 107, 2020).
+    Valid however the pictures depend on each other (Rüschendorf, 1982; Vovk and Wang, Biometrika 107, 2020). So is the
+    largest of them, which counts where all are `least`, the smallest that the known scores can give: otherwise two
+    pictures could never state what one can.
     """
-    return float(p[0]) if len(p) == 1 else min(1.0, 2 * float(p.mean()))
+    if len(p) == 1 or float(p.max()) <= least * (1 + ROUNDING):
+        return float(p.max())
+    return min(1.0, 2 * float(p.mean()))
 
 
 @dataclass(frozen=True)
